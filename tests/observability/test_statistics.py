@@ -5,7 +5,6 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sluice_server.observability.statistics import (
     BatchDurations,
     Duration,
