@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 from sluice_proto import grpc_service_pb2
 
@@ -58,14 +57,16 @@ _OUTCOME_OF_FAILURE = {
 }
 
 
-class Duration(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Duration:
     """How often something happened and how long it took in all."""
 
     count: int
     ns: int
 
 
-class BatchDurations(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class BatchDurations:
     """All executions of one batch size, with the nanoseconds they took in all."""
 
     rows: int
@@ -126,8 +127,8 @@ class ModelStatistics:
         self._compute_input_ns = self._compute_infer_ns = self._compute_output_ns = 0
         # batch rows -> [executions, input ns, infer ns, output ns]; no more entries than max_batch_size
         self._batches: dict[int, list[int]] = {}
-        self._failures = dict.fromkeys(FailureReason, 0)
-        self._refused = {outcome: 0 for outcome in Outcome if outcome is not Outcome.OK}
+        self._failures: dict[FailureReason, int] = dict.fromkeys(FailureReason, 0)
+        self._refused: dict[Outcome, int] = {outcome: 0 for outcome in Outcome if outcome is not Outcome.OK}
 
     def record_batch(
         self,
@@ -206,7 +207,8 @@ class ModelStatistics:
             return {str(outcome): count for outcome, count in self._outcomes(self._requests).items()}
 
     def _outcomes(self, ok: int) -> dict[Outcome, int]:
-        counts = {Outcome.OK: ok, **self._refused}
+        counts: dict[Outcome, int] = {Outcome.OK: ok}
+        counts.update(self._refused)
         for reason, count in self._failures.items():
             counts[_OUTCOME_OF_FAILURE[reason]] += count
         return counts
