@@ -1,0 +1,264 @@
+"""Writes the Prometheus text exposition from snapshots, when it is scraped; nothing is kept between scrapes.
+
+The `nv_*` names, labels and meanings are Triton's, so that its dashboards and alerts go on working. They are why the
+writer is ours: prometheus_client appends `_total` to every counter. `sluice_*` is what Triton does not tell.
+
+Format: https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sluice_server.observability.host import HostUsage
+from sluice_server.observability.statistics import Duration, ModelSnapshot
+from sluice_server.status import Code
+
+CONTENT_TYPE = "text/plain; charset=utf-8"
+"""What the endpoint says of its body, as Triton does."""
+
+BATCH_ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Upper bounds of `sluice_batch_rows`: powers of two, as batch sizes double in effect; few, as each is a series."""
+
+_NS_PER_US = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """What /metrics shows of one model version: its counters, and its queue at the moment of the scrape."""
+
+    name: str
+    version: str
+    snapshot: ModelSnapshot
+    pending_requests: int
+    queue_rows: int
+    queue_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMetrics:
+    """What /metrics shows of the whole server.
+
+    `rpcs` counts ended calls by method and code. The methods must be the server's own, never text that a client
+    sent, as each becomes a series. `host` is None where there is no /proc.
+    """
+
+    version: str
+    rpcs: Mapping[tuple[str, Code], int]
+    host: HostUsage | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    value: float
+    labels: Sequence[tuple[str, str]] = ()
+    suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """One metric: its samples come from one model version, or from the server."""
+
+    name: str
+    kind: str
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelFamily(_Family):
+    samples: Callable[[ModelMetrics], Iterable[_Sample]]
+
+
+@dataclass(frozen=True, slots=True)
+class _ServerFamily(_Family):
+    samples: Callable[[ServerMetrics], Iterable[_Sample]]
+
+
+def render(models: Iterable[ModelMetrics], server: ServerMetrics) -> bytes:
+    """Give the body of GET /metrics.
+
+    `models` has each loaded model version once; their order is the order of the samples. A metric without any
+    sample is left out.
+    """
+    models = tuple(models)
+    lines: list[str] = []
+    for family in _MODEL_FAMILIES:
+        _write(lines, family, (sample for model in models for sample in family.samples(model)))
+    for server_family in _SERVER_FAMILIES:
+        _write(lines, server_family, server_family.samples(server))
+    return "".join(lines).encode()
+
+
+def _write(lines: list[str], family: _Family, samples: Iterable[_Sample]) -> None:
+    header = f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.kind}\n"
+    for sample in samples:
+        lines.append(header)
+        header = ""
+        labels = ",".join(f'{name}="{_escape(value)}"' for name, value in sample.labels)
+        lines.append(f"{family.name}{sample.suffix}{{{labels}}} " if labels else f"{family.name}{sample.suffix} ")
+        lines.append(f"{sample.value}\n")
+
+
+def _escape(value: str) -> str:
+    # A lone surrogate (a name from a directory entry that is not UTF-8) has no UTF-8 form.
+    text = value.encode(errors="backslashreplace").decode()
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _labels(model: ModelMetrics) -> tuple[tuple[str, str], ...]:
+    return ("model", model.name), ("version", model.version)
+
+
+def _value(read: Callable[[ModelMetrics], int]) -> Callable[[ModelMetrics], Iterator[_Sample]]:
+    def samples(model: ModelMetrics) -> Iterator[_Sample]:
+        yield _Sample(read(model), _labels(model))
+
+    return samples
+
+
+def _microseconds(read: Callable[[ModelSnapshot], Duration]) -> Callable[[ModelMetrics], Iterator[_Sample]]:
+    return _value(lambda model: read(model.snapshot).ns // _NS_PER_US)
+
+
+def _failures(model: ModelMetrics) -> Iterator[_Sample]:
+    for reason, count in model.snapshot.failures.items():
+        yield _Sample(count, (("model", model.name), ("reason", reason.value), ("version", model.version)))
+
+
+def _outcomes(model: ModelMetrics) -> Iterator[_Sample]:
+    for outcome, count in model.snapshot.outcomes.items():
+        yield _Sample(count, (*_labels(model), ("outcome", outcome.value)))
+
+
+def _batch_rows(model: ModelMetrics) -> Iterator[_Sample]:
+    labels, snapshot = _labels(model), model.snapshot
+    for bound in BATCH_ROWS_BUCKETS:
+        count = sum(batch.count for batch in snapshot.batches if batch.rows <= bound)
+        yield _Sample(count, (*labels, ("le", str(bound))), "_bucket")
+    yield _Sample(snapshot.execution_count, (*labels, ("le", "+Inf")), "_bucket")
+    yield _Sample(snapshot.inference_count, labels, "_sum")
+    yield _Sample(snapshot.execution_count, labels, "_count")
+
+
+def _rpcs(server: ServerMetrics) -> Iterator[_Sample]:
+    for (method, code), count in sorted(server.rpcs.items()):
+        yield _Sample(count, (("method", method), ("code", code.name)))
+
+
+def _build_info(server: ServerMetrics) -> Iterator[_Sample]:
+    yield _Sample(1, (("version", server.version),))
+
+
+def _host(read: Callable[[HostUsage], float]) -> Callable[[ServerMetrics], Iterator[_Sample]]:
+    def samples(server: ServerMetrics) -> Iterator[_Sample]:
+        if server.host is not None:
+            yield _Sample(read(server.host))
+
+    return samples
+
+
+_MODEL_FAMILIES = (
+    _ModelFamily(
+        "nv_inference_request_success",
+        "counter",
+        "Requests that were answered",
+        _value(lambda model: model.snapshot.success.count),
+    ),
+    _ModelFamily(
+        "nv_inference_request_failure",
+        "counter",
+        "Requests that failed after they were accepted, by reason",
+        _failures,
+    ),
+    _ModelFamily(
+        "nv_inference_count",
+        "counter",
+        "Inferences in rows: the sum of the batch sizes that were executed",
+        _value(lambda model: model.snapshot.inference_count),
+    ),
+    _ModelFamily(
+        "nv_inference_exec_count",
+        "counter",
+        "Executions of the model: each batch counts once",
+        _value(lambda model: model.snapshot.execution_count),
+    ),
+    _ModelFamily(
+        "nv_inference_request_duration_us",
+        "counter",
+        "Time that answered requests spent in the server, in microseconds, summed over requests",
+        _microseconds(lambda snapshot: snapshot.success),
+    ),
+    _ModelFamily(
+        "nv_inference_queue_duration_us",
+        "counter",
+        "Time from enqueueing to the start of execution, in microseconds, summed over requests",
+        _microseconds(lambda snapshot: snapshot.queue),
+    ),
+    _ModelFamily(
+        "nv_inference_compute_input_duration_us",
+        "counter",
+        "Time that preparing inputs took, in microseconds, summed over requests",
+        _microseconds(lambda snapshot: snapshot.compute_input),
+    ),
+    _ModelFamily(
+        "nv_inference_compute_infer_duration_us",
+        "counter",
+        "Time that the model ran, in microseconds, summed over requests",
+        _microseconds(lambda snapshot: snapshot.compute_infer),
+    ),
+    _ModelFamily(
+        "nv_inference_compute_output_duration_us",
+        "counter",
+        "Time that extracting outputs took, in microseconds, summed over requests",
+        _microseconds(lambda snapshot: snapshot.compute_output),
+    ),
+    _ModelFamily(
+        "nv_inference_pending_request_count",
+        "gauge",
+        "Requests that are accepted and not yet executing",
+        _value(lambda model: model.pending_requests),
+    ),
+    _ModelFamily("sluice_requests_total", "counter", "Requests to the model by how they ended", _outcomes),
+    _ModelFamily("sluice_batch_rows", "histogram", "Rows of the batches that were executed", _batch_rows),
+    _ModelFamily("sluice_queue_rows", "gauge", "Rows that wait in the queue", _value(lambda model: model.queue_rows)),
+    _ModelFamily(
+        "sluice_queue_bytes",
+        "gauge",
+        "Bytes of the requests that wait in the queue",
+        _value(lambda model: model.queue_bytes),
+    ),
+)
+
+_SERVER_FAMILIES = (
+    _ServerFamily(
+        "nv_cpu_utilization",
+        "gauge",
+        "Share of the machine's CPU time that was used since the last scrape, from 0 to 1",
+        _host(lambda host: host.cpu_utilization),
+    ),
+    _ServerFamily(
+        "nv_cpu_memory_total_bytes",
+        "gauge",
+        "Memory of the machine, in bytes",
+        _host(lambda host: host.memory_total_bytes),
+    ),
+    _ServerFamily(
+        "nv_cpu_memory_used_bytes",
+        "gauge",
+        "Memory of the machine that is not available, in bytes",
+        _host(lambda host: host.memory_used_bytes),
+    ),
+    _ServerFamily("sluice_rpcs_total", "counter", "Calls that ended, by method and gRPC status code", _rpcs),
+    _ServerFamily("sluice_build_info", "gauge", "Always 1; the labels tell what runs", _build_info),
+    _ServerFamily(
+        "process_cpu_seconds_total",
+        "counter",
+        "User and system CPU time of the server process, in seconds",
+        _host(lambda host: host.process_cpu_s),
+    ),
+    _ServerFamily(
+        "process_resident_memory_bytes",
+        "gauge",
+        "Resident memory of the server process, in bytes",
+        _host(lambda host: host.process_resident_bytes),
+    ),
+)
