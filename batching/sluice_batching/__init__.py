@@ -1,0 +1,23 @@
+"""Dynamic batching: bounded queues that turn requests into batches, honour deadlines, and know nothing of tensors."""
+
+from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, QueueFull, RequestTooLarge
+from sluice_batching.expiry import ExpiryTimer
+from sluice_batching.policy import QueuePolicy
+from sluice_batching.queue import Queue, Taken
+from sluice_batching.request import NO_DEADLINE, Request
+from sluice_batching.shell import BatchQueue
+
+__all__ = [
+    "NO_DEADLINE",
+    "BatchQueue",
+    "BatchingError",
+    "DeadlineExpired",
+    "Draining",
+    "ExpiryTimer",
+    "Queue",
+    "QueueFull",
+    "QueuePolicy",
+    "Request",
+    "RequestTooLarge",
+    "Taken",
+]

@@ -1,0 +1,66 @@
+"""The exception tree of the batching core: why a queue refuses a request.
+
+    BatchingError
+    ├── QueueFull           too much is waiting now; the same request may be accepted later
+    ├── RequestTooLarge     the request alone is over the queue's bound; it can never be accepted
+    ├── DeadlineExpired     the request's deadline had passed before it was offered
+    └── Draining            the queue takes nothing more; what it has already will still be served
+
+All of them are expected, and carry their facts as attributes. A request that could never be part of any batch (no rows,
+more rows than a batch may have, offered while it waits already) is a bug of the caller: ValueError.
+"""
+
+from typing import Literal
+
+Bound = Literal["rows", "bytes"]
+"""What a queue's bound counts."""
+
+
+class BatchingError(Exception):
+    """A queue refused a request."""
+
+
+class QueueFull(BatchingError):  # noqa: N818  (named after what is the matter)
+    """The request would take the queue over a bound.
+
+    `what` is the bound ("rows" or "bytes"), `limit` its value, `waiting` how much of it is taken, `requested` how much
+    the request needs.
+    """
+
+    def __init__(self, what: Bound, limit: int, waiting: int, requested: int) -> None:
+        super().__init__(f"the queue is full: {waiting} of {limit} {what} are waiting, and the request has {requested}")
+        self.what = what
+        self.limit = limit
+        self.waiting = waiting
+        self.requested = requested
+
+
+class RequestTooLarge(BatchingError):  # noqa: N818  (named after what is the matter)
+    """The request is over a bound even when nothing else waits, so trying again cannot help.
+
+    `what` is the bound ("rows" or "bytes"), `limit` its value, `requested` how much the request needs.
+    """
+
+    def __init__(self, what: Bound, limit: int, requested: int) -> None:
+        super().__init__(f"the request has {requested} {what}, and the queue holds at most {limit}")
+        self.what = what
+        self.limit = limit
+        self.requested = requested
+
+
+class DeadlineExpired(BatchingError):  # noqa: N818  (named after what is the matter)
+    """The request came when its deadline had passed: `deadline_ns` was not after `now_ns`, on the queue's clock."""
+
+    def __init__(self, deadline_ns: int, now_ns: int) -> None:
+        super().__init__(
+            f"the deadline passed {(now_ns - deadline_ns) / 1e6:.3f} ms before the request reached the queue"
+        )
+        self.deadline_ns = deadline_ns
+        self.now_ns = now_ns
+
+
+class Draining(BatchingError):  # noqa: N818  (named after what is the matter)
+    """The queue is draining and accepts no more requests."""
+
+    def __init__(self) -> None:
+        super().__init__("the queue is draining and accepts no more requests")

@@ -1,0 +1,233 @@
+"""A queue that threads share: many offer, instance threads wait for batches. All rules are in `queue.py`.
+
+Locks
+-----
+`BatchQueue._lock` guards every field; both conditions belong to it. Nothing is called with it held except the queue and
+the clock, so it may be taken with any other lock held, and callbacks may call anything. The counts (`rows`,
+`size_bytes`, `len`, `draining`, `watched_deadline_ns`) are single fields and are read without it.
+
+Who is woken
+------------
+An offer wakes at most one waiting thread, and none while a woken one is still on its way: that one takes everything
+into account that came meanwhile. Whoever leaves `take` passes the watch on: if something is left and due earlier than
+what a waiting thread has set its alarm for, it wakes one. So there is one wake-up per batch, not per request, and no
+thread is woken in vain by a request that is not due.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Final, Generic
+
+from sluice_batching.errors import BatchingError
+from sluice_batching.policy import QueuePolicy
+from sluice_batching.queue import Queue, R, Taken
+from sluice_batching.request import NO_DEADLINE
+
+NEVER_NS: Final = NO_DEADLINE
+"""An instant that does not come."""
+
+NOT_WATCHED_NS: Final = -1
+"""`watched_deadline_ns` of a queue whose deadlines nobody watches: earlier than any deadline that a queue accepts."""
+
+MAX_WAIT_S: Final = 3600.0
+"""The longest single wait, well inside what every platform's condition variable can count; waits are in loops."""
+
+Clock = Callable[[], int]
+"""Nanoseconds that never go backwards."""
+
+
+def wait_until(condition: threading.Condition, wakeup_ns: int, now_ns: int) -> None:
+    """Wait on a condition, whose lock is held, until about `wakeup_ns`; it may return earlier."""
+    condition.wait(min((wakeup_ns - now_ns) / 1e9, MAX_WAIT_S))
+
+
+class BatchQueue(Generic[R]):
+    """A thread-safe queue of batches for the instances of one model."""
+
+    __slots__ = (
+        "_alarm_ns",
+        "_clock",
+        "_emptied",
+        "_idle_takers",
+        "_lock",
+        "_on_earlier_deadline",
+        "_queue",
+        "_waiting_for_empty",
+        "_wake_up_under_way",
+        "_watched_deadline_ns",
+        "_work",
+    )
+
+    def __init__(self, policy: QueuePolicy, clock: Clock = time.monotonic_ns) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._emptied = threading.Condition(self._lock)
+        self._queue: Queue[R] = Queue(policy)
+        self._idle_takers = 0
+        self._wake_up_under_way = False
+        # The earliest instant at which an idle taker wakes by itself. Too late a value costs a wake-up in vain, and
+        # every taker that wakes sets it back, so it is never too early.
+        self._alarm_ns = NEVER_NS
+        self._waiting_for_empty = 0
+        self._on_earlier_deadline: Callable[[int], None] | None = None
+        self._watched_deadline_ns = NOT_WATCHED_NS
+
+    @property
+    def policy(self) -> QueuePolicy:
+        """The settings that the queue was built with."""
+        return self._queue.policy
+
+    @property
+    def rows(self) -> int:
+        """The rows that wait."""
+        return self._queue.rows
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes that wait."""
+        return self._queue.size_bytes
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` has been called."""
+        return self._queue.draining
+
+    @property
+    def watched_deadline_ns(self) -> int:
+        """No deadline of the queue is earlier, and an earlier one will be reported; see `watch_deadlines`."""
+        return self._watched_deadline_ns
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __repr__(self) -> str:
+        return f"<BatchQueue: {self._idle_takers} idle takers, {self._queue!r}>"
+
+    def offer(self, request: R) -> None:
+        """Let a request wait; raises Draining, DeadlineExpired, RequestTooLarge or QueueFull, see `Queue.try_offer`."""
+        error = self.offer_many((request,))[0]
+        if error is not None:
+            raise error
+
+    def offer_many(self, requests: Iterable[R]) -> list[BatchingError | None]:
+        """Let requests wait, each on its own: None for one that was accepted, else why not; in the order given.
+
+        One reading of the clock, one hold of the lock and at most one wake-up for all of them.
+        """
+        with self._lock:
+            now_ns = self._clock()
+            try:
+                errors = [self._queue.try_offer(request, now_ns) for request in requests]
+            finally:
+                # Also when one of them is a caller's bug, so that those before it are not left without a taker.
+                self._pass_the_watch_on()
+            report = self._on_earlier_deadline
+            earlier_ns = None if report is None else self._earlier_deadline_ns()
+        if report is not None and earlier_ns is not None:
+            report(earlier_ns)
+        return errors
+
+    def take(self, timeout_ns: int | None = None) -> Taken[R] | None:
+        """Wait for a batch to run or for requests that have expired, and return both; the taker answers both.
+
+        None: the queue is draining and empty, so nothing will ever come. With a timeout, a Taken of two empty lists
+        says that the time is over.
+        """
+        with self._lock:
+            now_ns = self._clock()
+            give_up_ns = NEVER_NS if timeout_ns is None else now_ns + timeout_ns
+            while True:
+                taken = self._queue.take(now_ns)
+                if taken.batch or taken.expired:
+                    self._something_left()
+                    break
+                if self._queue.draining:
+                    return None
+                if now_ns >= give_up_ns:
+                    break
+                self._wait_for_work(give_up_ns, now_ns)
+                now_ns = self._clock()
+            self._pass_the_watch_on()
+            return taken
+
+    def cancel(self, request: R) -> bool:
+        """Take a request out: True if it was waiting here, and nobody else will answer it; False if it has left."""
+        with self._lock:
+            cancelled = self._queue.cancel(request)
+            self._something_left()
+        return cancelled
+
+    def expire(self) -> list[R]:
+        """The requests whose deadline has come, earliest first; they leave the queue, and the caller answers them."""
+        with self._lock:
+            expired = self._queue.expire(self._clock())
+            if self._on_earlier_deadline is not None:
+                self._watch()
+            self._something_left()
+        return expired
+
+    def watch_deadlines(self, on_earlier_deadline: Callable[[int], None] | None) -> None:
+        """Have each deadline that is earlier than `watched_deadline_ns` reported to the callback; None ends it.
+
+        The callback is called by the thread that offers, with no lock held. `watched_deadline_ns` is then that deadline, until
+        `expire` has been called and sets it to the earliest one that still waits.
+        """
+        with self._lock:
+            self._on_earlier_deadline = on_earlier_deadline
+            if on_earlier_deadline is None:
+                self._watched_deadline_ns = NOT_WATCHED_NS
+            else:
+                self._watch()
+
+    def drain(self) -> None:
+        """Accept nothing more. Takers get what is left, without delay, and then None."""
+        with self._lock:
+            self._queue.drain()
+            self._work.notify_all()
+
+    def wait_empty(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is queued; False if the timeout came first. Batches that were taken may still run."""
+        with self._lock:
+            self._waiting_for_empty += 1
+            try:
+                return self._emptied.wait_for(lambda: not self._queue, timeout_s)
+            finally:
+                self._waiting_for_empty -= 1
+
+    def _wait_for_work(self, give_up_ns: int, now_ns: int) -> None:
+        wakeup_ns = self._queue.next_wakeup_ns()
+        alarm_ns = give_up_ns if wakeup_ns is None else min(wakeup_ns, give_up_ns)
+        self._alarm_ns = min(self._alarm_ns, alarm_ns)
+        self._idle_takers += 1
+        try:
+            wait_until(self._work, alarm_ns, now_ns)
+        finally:
+            self._idle_takers -= 1
+            self._wake_up_under_way = False
+            self._alarm_ns = NEVER_NS
+
+    def _pass_the_watch_on(self) -> None:
+        """Wake an idle taker if something is due before any of them wakes by itself."""
+        if self._idle_takers and not self._wake_up_under_way:
+            wakeup_ns = self._queue.next_wakeup_ns()
+            if wakeup_ns is not None and wakeup_ns < self._alarm_ns:
+                self._wake_up_under_way = True
+                self._work.notify()
+
+    def _something_left(self) -> None:
+        if self._waiting_for_empty and not self._queue:
+            self._emptied.notify_all()
+
+    def _watch(self) -> None:
+        deadline_ns = self._queue.next_deadline_ns()
+        self._watched_deadline_ns = NO_DEADLINE if deadline_ns is None else deadline_ns
+
+    def _earlier_deadline_ns(self) -> int | None:
+        """The earliest deadline if it is earlier than the watched one; it is watched from now on."""
+        deadline_ns = self._queue.next_deadline_ns()
+        if deadline_ns is None or deadline_ns >= self._watched_deadline_ns:
+            return None
+        self._watched_deadline_ns = deadline_ns
+        return deadline_ns
