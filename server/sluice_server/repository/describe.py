@@ -1,0 +1,87 @@
+"""Says in plain sentences what a model's configuration became and why, for `sluice check`."""
+
+from collections.abc import Iterator, Sequence
+
+from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup
+from sluice_proto.tensors import BY_CONFIG_TYPE
+
+from sluice_server.graph import GraphSignature, TensorSpec
+from sluice_server.repository.autocomplete import fixed_tensor
+from sluice_server.repository.validate import Tensor, format_shape
+
+
+def explain(written: ModelConfig | None, completed: ModelConfig, signature: GraphSignature) -> list[str]:
+    """Give one sentence for each decision: batching, scheduler, tensors, versions, instances.
+
+    `written` is the configuration as it was read (None without a config.pbtxt), `completed` what `complete` made.
+    """
+    before = ModelConfig() if written is None else written
+    lines = [] if written is not None else ["no config.pbtxt: everything comes from the model file and the defaults"]
+    lines.append(_batching(before, completed, signature))
+    lines.append(_scheduler(before, completed))
+    lines += _tensors("input", before.input, completed.input, signature.inputs)
+    lines += _tensors("output", before.output, completed.output, signature.outputs)
+    lines.append(_versions(before, completed))
+    lines += _instances(before, completed)
+    return lines
+
+
+def _batching(written: ModelConfig, completed: ModelConfig, signature: GraphSignature) -> str:
+    fixed = fixed_tensor(signature)
+    if fixed:
+        return f"not batchable: {fixed}"
+    if not completed.max_batch_size:
+        return "batchable, but max_batch_size is 0: requests carry whole shapes and are never merged"
+    origin = "from the configuration" if written.max_batch_size else "set by auto-complete"
+    return f"batchable: dimension 0 of every tensor is open; max_batch_size {completed.max_batch_size} {origin}"
+
+
+def _scheduler(written: ModelConfig, completed: ModelConfig) -> str:
+    if not completed.HasField("dynamic_batching"):
+        return "dynamic_batching: none, each request is its own execution"
+    if not completed.max_batch_size:
+        return "dynamic_batching: without effect, as max_batch_size is 0"
+    origin = "from the configuration" if written.HasField("dynamic_batching") else "added by auto-complete"
+    policy = completed.dynamic_batching
+    sizes = ", ".join(map(str, policy.preferred_batch_size))
+    delay = policy.max_queue_delay_microseconds
+    return f"dynamic_batching: {origin}; preferred batch sizes {sizes}; queue delay at most {delay} us"
+
+
+def _tensors(
+    kind: str,
+    written: Sequence[Tensor],
+    completed: Sequence[Tensor],
+    specs: tuple[TensorSpec, ...],
+) -> Iterator[str]:
+    origin = "from the configuration" if written else "filled in from the model file"
+    shapes = {spec.name: spec.shape for spec in specs}
+    for tensor in completed:
+        datatype = BY_CONFIG_TYPE[tensor.data_type].name
+        model = format_shape(shapes[tensor.name])
+        optional = ", optional" if isinstance(tensor, ModelInput) and tensor.optional else ""
+        dims = format_shape(tensor.dims)
+        yield f"{kind} '{tensor.name}': {datatype} {dims}{optional}, {origin}; the model file says {model}"
+    listed = {tensor.name for tensor in completed}
+    for spec in specs:
+        if spec.name not in listed:
+            why = "keeps its value from the model file" if kind == "input" else "is not served"
+            yield f"{kind} '{spec.name}': {spec.datatype} {format_shape(spec.shape)} is not listed and {why}"
+
+
+def _versions(written: ModelConfig, completed: ModelConfig) -> str:
+    origin = "from the configuration" if written.HasField("version_policy") else "the default"
+    policy = completed.version_policy
+    if policy.HasField("all"):
+        return f"version_policy: all versions, {origin}"
+    if policy.HasField("specific"):
+        return f"version_policy: versions {', '.join(map(str, policy.specific.versions))}, {origin}"
+    return f"version_policy: the latest {policy.latest.num_versions}, {origin}"
+
+
+def _instances(written: ModelConfig, completed: ModelConfig) -> Iterator[str]:
+    origin = "from the configuration" if written.instance_group else "the default"
+    for group in completed.instance_group:
+        gpus = f" on each of the GPUs {', '.join(map(str, group.gpus))}" if group.gpus else ""
+        kind = ModelInstanceGroup.Kind.Name(group.kind)
+        yield f"instance_group '{group.name}': {group.count} of {kind}{gpus}, {origin}"

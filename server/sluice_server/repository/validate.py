@@ -1,0 +1,266 @@
+"""The rules that a configuration must keep: on its own (ConfigError), and towards the model file (ModelLoadError)."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup, ModelOutput
+from sluice_proto.tensors import BY_CONFIG_TYPE
+
+from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec
+from sluice_server.repository.errors import ConfigError, ModelLoadError
+
+PLATFORM: Final = "onnxruntime_onnx"
+BACKEND: Final = "onnxruntime"
+
+MAX_INSTANCES: Final = 1024
+"""Per group. Each instance is a thread; past the number of cores they only queue inside ONNX Runtime."""
+
+MAX_FILE_NAME_BYTES: Final = 255
+"""NAME_MAX of the file systems in use: a longer name could never be opened."""
+
+SCALAR_DIMS: Final = (1,)
+"""How a configuration writes a tensor that has no dims of its own, as `dims` cannot be empty."""
+
+Tensor = ModelInput | ModelOutput
+
+
+def check_config(config: ModelConfig, model: str) -> None:
+    """Check a normalised configuration that is complete; raises ConfigError with the field that breaks a rule."""
+    _check_batching(config, model)
+    _check_tensors("input", config.input, config, model)
+    _check_tensors("output", config.output, config, model)
+    for index, tensor in enumerate(config.input):
+        if tensor.optional and config.max_batch_size:
+            what = f"of '{tensor.name}' needs max_batch_size 0, which is {config.max_batch_size}"
+            raise _config_error(model, f"input[{index}].optional", what)
+
+
+def check_identity(config: ModelConfig, model: str) -> None:
+    """Check that name, platform and backend are this model's and this server's."""
+    if config.name not in ("", model):
+        raise _config_error(model, "name", f"is '{config.name}', but must equal the directory's name '{model}'")
+    if config.platform == "ensemble":
+        raise _config_error(model, 'platform "ensemble"', "is not implemented in this version")
+    for field, got, known in (("platform", config.platform, PLATFORM), ("backend", config.backend, BACKEND)):
+        if got not in ("", known):
+            raise _config_error(model, field, f"is '{got}', which is unknown; this server runs '{known}' only")
+
+
+def check_batch_size(config: ModelConfig, model: str) -> None:
+    """Check max_batch_size, in rows."""
+    if config.max_batch_size < 0:
+        raise _config_error(model, "max_batch_size", f"is {config.max_batch_size}, expected 0 or more")
+
+
+def check_instance_groups(groups: Sequence[ModelInstanceGroup], model: str) -> None:
+    """Check counts, devices and names of the instance groups with their defaults filled in."""
+    names: set[str] = set()
+    for index, group in enumerate(groups):
+        where = f"instance_group[{index}]"
+        if not 1 <= group.count <= MAX_INSTANCES:
+            raise _config_error(model, f"{where}.count", f"is {group.count}, expected 1 to {MAX_INSTANCES}")
+        if group.kind == ModelInstanceGroup.KIND_MODEL:
+            raise _config_error(model, f"{where}.kind KIND_MODEL", "is not implemented in this version")
+        if group.kind == ModelInstanceGroup.KIND_CPU and group.gpus:
+            raise _config_error(model, f"{where}.gpus", "must be empty for KIND_CPU")
+        if any(gpu < 0 for gpu in group.gpus) or len(set(group.gpus)) < len(group.gpus):
+            raise _config_error(model, f"{where}.gpus", f"{list(group.gpus)} must be different numbers from 0")
+        if group.name in names:
+            raise _config_error(model, f"{where}.name", f"'{group.name}' is the name of another instance group")
+        names.add(group.name)
+
+
+def check_filenames(config: ModelConfig, model: str) -> None:
+    """Check that the files which the configuration names lie inside the model's directory."""
+    named = [("default_model_filename", config.default_model_filename)]
+    named += [(f"output[{i}].label_filename", output.label_filename) for i, output in enumerate(config.output)]
+    for field, filename in named:
+        problem = path_problem(filename) if filename else ""
+        if problem:
+            raise _config_error(model, field, f"'{filename}' {problem}")
+
+
+def check_devices(config: ModelConfig, *, gpu_available: bool) -> None:
+    """Raise ModelLoadError for an instance group on a GPU where there is none."""
+    for group in config.instance_group:
+        if group.kind == ModelInstanceGroup.KIND_GPU and not gpu_available:
+            raise ModelLoadError(
+                f"instance group {group.name} of model {config.name} has kind KIND_GPU but no GPUs are available",
+                model=config.name,
+            )
+
+
+def check_graph(config: ModelConfig, signature: GraphSignature) -> None:
+    """Check a complete configuration against the model file; raises ModelLoadError on the first thing that differs."""
+    inputs = {spec.name: spec for spec in signature.inputs}
+    outputs = {spec.name: spec for spec in signature.outputs}
+    for tensor in _tensors(config):
+        kind, specs = ("input", inputs) if isinstance(tensor, ModelInput) else ("output", outputs)
+        if tensor.name not in specs:
+            allowed = ", ".join(sorted(specs))
+            raise ModelLoadError(
+                f"unexpected inference {kind} '{tensor.name}', allowed {kind}s are: {allowed}", model=config.name
+            )
+    _check_presence(config, signature)
+    for tensor in config.input:
+        spec = inputs[tensor.name]
+        if tensor.optional and not spec.optional:
+            raise ModelLoadError(
+                f"unable to load model '{config.name}', input '{tensor.name}' is optional in the configuration,"
+                " but the model file has no value for it",
+                model=config.name,
+            )
+        _check_datatype(config, "input", tensor, spec)
+        _check_dims(config, tensor, spec)
+    for output in config.output:
+        _check_datatype(config, "output", output, outputs[output.name])
+        _check_dims(config, output, outputs[output.name])
+
+
+def unit_tensors(config: ModelConfig, signature: GraphSignature) -> frozenset[str]:
+    """Name the inputs and outputs that clients see with a last dimension of 1 which the graph's tensor lacks.
+
+    A configuration cannot write a tensor without dims, so a scalar (a vector, when the model batches) is listed as
+    [1]. Inputs lose that dimension before the run, outputs gain it after.
+    """
+    ranks = {spec.name: len(spec.shape) for spec in (*signature.inputs, *signature.outputs)}
+    batch = 1 if config.max_batch_size else 0
+    return frozenset(tensor.name for tensor in _tensors(config) if len(tensor.dims) + batch == ranks[tensor.name] + 1)
+
+
+def path_problem(path: str) -> str:
+    """Say why a relative path may leave its directory or cannot exist, "" when it is sound."""
+    parts = path.split("/")
+    if "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
+        return "must be a relative path that stays inside the model's directory"
+    if any(len(part.encode(errors="surrogatepass")) > MAX_FILE_NAME_BYTES for part in parts):
+        return f"has a name longer than {MAX_FILE_NAME_BYTES} bytes"
+    return ""
+
+
+def format_shape(shape: Iterable[int]) -> str:
+    """Print a shape as the protocol's messages do: `[-1,16]`."""
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _tensors(config: ModelConfig) -> list[Tensor]:
+    return [*config.input, *config.output]
+
+
+def _config_error(model: str, field: str, what: str) -> ConfigError:
+    return ConfigError(f"model '{model}': {field} {what}", model=model, field=field.split(" ")[0])
+
+
+def _check_batching(config: ModelConfig, model: str) -> None:
+    for size in config.dynamic_batching.preferred_batch_size:
+        if not 0 < size <= config.max_batch_size:
+            what = f"{size} must be from 1 to max_batch_size, which is {config.max_batch_size}"
+            raise _config_error(model, "dynamic_batching.preferred_batch_size", what)
+
+
+def _check_tensors(kind: str, tensors: Sequence[Tensor], config: ModelConfig, model: str) -> None:
+    names: set[str] = set()
+    for index, tensor in enumerate(tensors):
+        where = f"{kind}[{index}]"
+        _check_tensor(tensor, where, model)
+        _check_reshape(tensor, kind, config.max_batch_size, model)
+        if tensor.name in names:
+            raise _config_error(model, f"{where}.name", f"'{tensor.name}' is the name of another {kind}")
+        names.add(tensor.name)
+
+
+def _check_tensor(tensor: Tensor, where: str, model: str) -> None:
+    if not tensor.name:
+        raise _config_error(model, f"{where}.name", "is missing")
+    if tensor.data_type not in BY_CONFIG_TYPE:
+        raise _config_error(model, f"{where}.data_type", f"of '{tensor.name}' is missing")
+    if not tensor.dims:
+        raise _config_error(model, f"{where}.dims", f"of '{tensor.name}' is missing")
+    if any(dim < 1 and dim != VARIABLE for dim in tensor.dims):
+        what = f"of '{tensor.name}' is {format_shape(tensor.dims)}, expected sizes of 1 and more, or -1 for any"
+        raise _config_error(model, f"{where}.dims", what)
+
+
+def _check_reshape(tensor: Tensor, kind: str, max_batch_size: int, model: str) -> None:
+    """Allow the empty reshape of [1] alone, where batching leaves a dimension; fields.py refuses all others."""
+    if not tensor.HasField("reshape"):
+        return
+    if not max_batch_size:
+        raise ConfigError(
+            f"model {kind} '{tensor.name}' cannot have empty reshape for non-batching model"
+            f" as scalar tensors are not supported for {model}",
+            model=model,
+            field=f"{kind}.reshape",
+        )
+    if tuple(tensor.dims) != SCALAR_DIMS:
+        raise ConfigError(
+            f"model {kind} '{tensor.name}' of {model} has dims {format_shape(tensor.dims)} and an empty reshape,"
+            " which holds 1 element",
+            model=model,
+            field=f"{kind}.reshape",
+        )
+
+
+def _check_presence(config: ModelConfig, signature: GraphSignature) -> None:
+    listed = {tensor.name for tensor in config.input}
+    missing = [spec.name for spec in signature.inputs if not spec.optional and spec.name not in listed]
+    if missing:
+        names = ", ".join(f"'{name}'" for name in missing)
+        raise ModelLoadError(
+            f"unable to load model '{config.name}', configuration expects {len(config.input)} inputs,"
+            f" model provides {len(config.input) + len(missing)}: missing {names}",
+            model=config.name,
+        )
+    if not config.output:
+        raise ModelLoadError(
+            f"unable to load model '{config.name}', configuration expects 0 outputs,"
+            f" model provides {len(signature.outputs)}",
+            model=config.name,
+        )
+
+
+def _check_datatype(config: ModelConfig, kind: str, tensor: Tensor, spec: TensorSpec) -> None:
+    dtype = BY_CONFIG_TYPE[tensor.data_type]
+    if dtype.name != spec.datatype:
+        raise ModelLoadError(
+            f"unable to load model '{config.name}', configuration expects datatype {_config_name(dtype.name)}"
+            f" for {kind} '{tensor.name}', model provides {_config_name(spec.datatype)}",
+            model=config.name,
+        )
+
+
+def _check_dims(config: ModelConfig, tensor: Tensor, spec: TensorSpec) -> None:
+    dims = () if tensor.HasField("reshape") else tuple(tensor.dims)
+    start = f"model '{config.name}', tensor '{tensor.name}': "
+    if config.max_batch_size:
+        if not spec.shape or spec.shape[0] != VARIABLE:
+            raise ModelLoadError(
+                f"{start}for the model to support batching the shape should have at least 1 dimension and the first"
+                f" dimension must be -1; but shape expected by the model is {format_shape(spec.shape)}",
+                model=config.name,
+            )
+        dims = (VARIABLE, *dims)
+        how = (
+            " (an initial batch dimension because max_batch_size > 0 followed by the explicit tensor shape, making"
+            f" complete shape {format_shape(dims)})"
+        )
+    else:
+        if not spec.shape and dims == SCALAR_DIMS:
+            return
+        how = f" (shape {format_shape(dims)})"
+    if not _fits(dims, spec.shape):
+        raise ModelLoadError(
+            f"{start}the model expects {len(spec.shape)} dimensions (shape {format_shape(spec.shape)})"
+            f" but the model configuration specifies {len(dims)} dimensions{how}",
+            model=config.name,
+        )
+
+
+def _fits(dims: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """A dimension that the model leaves open may be narrowed; one that it fixes must be the same."""
+    return len(dims) == len(shape) and all(want in (VARIABLE, dim) for dim, want in zip(dims, shape, strict=True))
+
+
+def _config_name(datatype: str) -> str:
+    return f"TYPE_{re.sub('^BYTES$', 'STRING', datatype)}"
