@@ -8,6 +8,7 @@ import argparse
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -44,12 +45,12 @@ class Split:
     """Features [rows, features] that float32 holds exactly, and their targets [rows], for training and for testing."""
 
     train_x: NDArray[np.float64]
-    train_y: NDArray[np.generic]
+    train_y: NDArray[Any]
     test_x: NDArray[np.float64]
-    test_y: NDArray[np.generic]
+    test_y: NDArray[Any]
 
 
-def split(features: NDArray[np.float64], targets: NDArray[np.generic], *, stratify: bool) -> Split:
+def split(features: NDArray[np.float64], targets: NDArray[Any], *, stratify: bool) -> Split:
     """Split the rows into training and test rows, always the same ones; `stratify` keeps the share of each class.
 
     The features are rounded to float32 first: what a client sends is then what scikit-learn has seen.
@@ -86,9 +87,9 @@ def publish(name: str, pipeline: Pipeline, data: Split) -> None:
     print(f"{name}: {measure} {score:.4f} on {len(data.test_x)} test rows, written to {directory}")
 
 
-def golden_samples(pipeline: Pipeline, data: Split) -> dict[str, NDArray[np.generic]]:
+def golden_samples(pipeline: Pipeline, data: Split) -> dict[str, NDArray[Any]]:
     """Return the test rows with scikit-learn's answers, as `publish` describes them."""
-    golden: dict[str, NDArray[np.generic]] = {"X": data.test_x.astype(np.float32), "labels": data.test_y}
+    golden: dict[str, NDArray[Any]] = {"X": data.test_x.astype(np.float32), "labels": data.test_y}
     if hasattr(pipeline, "predict_proba"):
         golden["probabilities"] = pipeline.predict_proba(data.test_x).astype(np.float32)
         golden["predictions"] = pipeline.predict(data.test_x)
@@ -139,7 +140,7 @@ def reachable(graph: onnx.GraphProto, tensor: str, name: str) -> tuple[list[onnx
     return nodes, [constant for constant in graph.initializer if constant.name in needed]
 
 
-def check(name: str, content: bytes, golden: dict[str, NDArray[np.generic]]) -> None:
+def check(name: str, content: bytes, golden: dict[str, NDArray[Any]]) -> None:
     """Raise ValueError unless ONNX Runtime gives the answers of `golden`."""
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     output = session.get_outputs()[0].name

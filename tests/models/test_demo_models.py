@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -33,7 +34,7 @@ RETRAIN_TOLERANCE = 1e-4
 
 SIZE_LIMIT_BYTES = 1_000_000
 
-Arrays = Mapping[str, NDArray[np.generic]]
+Arrays = Mapping[str, NDArray[Any]]
 
 
 def load(path: Path) -> onnxruntime.InferenceSession:
@@ -42,7 +43,7 @@ def load(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def answer(session: onnxruntime.InferenceSession, rows: NDArray[np.generic]) -> NDArray[np.float32]:
+def answer(session: onnxruntime.InferenceSession, rows: NDArray[Any]) -> NDArray[np.float32]:
     return session.run(None, {"X": rows})[0]
 
 
@@ -138,7 +139,7 @@ def test_a_model_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPat
     content = (MODELS / "digits_mlp" / "1" / "model.onnx").read_bytes()
     golden = read_golden(MODELS / "digits_mlp")
     check("digits_mlp", content, golden)
-    with pytest.raises(ValueError, match="differ by .* in probabilities"):
+    with pytest.raises(ValueError, match=r"differ by .* in probabilities"):
         check("digits_mlp", content, {**golden, "probabilities": golden["probabilities"] + np.float32(0.001)})
     with pytest.raises(ValueError, match="is not what scikit-learn predicts"):
         check("digits_mlp", content, {**golden, "predictions": golden["predictions"][::-1]})
