@@ -8,7 +8,6 @@ is a little-endian uint32 length and then that many bytes of any value. Sizes ar
 before anything is allocated, so a shape from a stranger costs nothing, however large it claims to be.
 """
 
-import math
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -118,9 +117,11 @@ def element_count(shape: Sequence[int]) -> int:
     """Returns the exact number of elements, 1 for no dimensions; raises InvalidShape for a shape no array can have."""
     if len(shape) > MAX_DIMENSIONS:
         raise InvalidShape(shape, f"{len(shape)} dimensions, at most {MAX_DIMENSIONS} are possible")
-    count = math.prod(shape)
-    if count <= 0 and min(shape) < 0:
-        raise InvalidShape(shape, f"dimension {min(shape)} is negative")
+    count = 1
+    for dimension in shape:
+        if dimension < 0:
+            raise InvalidShape(shape, f"dimension {dimension} is negative")
+        count *= dimension
     return count
 
 

@@ -21,9 +21,10 @@ _FIXED_SIZES_BYTES: Final = {_FIXED64: 8, _FIXED32: 4}
 
 _RAW_INPUT_TAG: Final = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 
-# protobuf's own parsers read no more bytes than these of a 32-bit (tag, length) and of a 64-bit number.
-_MAX_VARINT32_BYTES: Final = 5
-_MAX_VARINT64_BYTES: Final = 10
+# protobuf's own parser reads no more bytes than these of a tag and of any other number, and keeps 64 bits.
+_MAX_TAG_BYTES: Final = 5
+_MAX_NUMBER_BYTES: Final = 10
+_64_BITS: Final = (1 << 64) - 1
 
 # Each field of the outermost message costs interpreter time; an honest one has a few per tensor.
 MAX_FIELDS: Final = 65_536
@@ -48,17 +49,17 @@ def split_raw(message: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
         start = offset
         tag, offset = whole[offset], offset + 1
         if tag > 0x7F:
-            tag, offset = _read_varint(whole, start, _MAX_VARINT32_BYTES)
+            tag, offset = _read_varint(whole, start, _MAX_TAG_BYTES)
         wire_type = tag & 7
         if wire_type == _LENGTH_DELIMITED:
-            length, body = _read_varint(whole, offset, _MAX_VARINT32_BYTES)
+            length, body = _read_varint(whole, offset, _MAX_NUMBER_BYTES)
             offset = body + length
             if tag == _RAW_INPUT_TAG:
                 raws.append(whole[body:offset])
                 head.append(whole[head_start:start])
                 head_start = offset
         elif wire_type == _VARINT:
-            _, offset = _read_varint(whole, offset, _MAX_VARINT64_BYTES)
+            _, offset = _read_varint(whole, offset, _MAX_NUMBER_BYTES)
         elif wire_type in _FIXED_SIZES_BYTES:
             offset += _FIXED_SIZES_BYTES[wire_type]
         else:
@@ -83,7 +84,7 @@ def _read_varint(data: memoryview, offset: int, max_bytes: int) -> tuple[int, in
         offset += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, offset
+            return value & _64_BITS, offset
         shift += 7
     raise WireError("a number is cut off or too long", offset)
 
