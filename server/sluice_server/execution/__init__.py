@@ -1,0 +1,1 @@
+"""Running models: providers, threads, sessions, instances. The only part that imports ONNX Runtime."""

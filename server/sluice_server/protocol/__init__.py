@@ -1,0 +1,1 @@
+"""The inference protocol: decoding, checks, encoding, and the table of RPCs."""

@@ -1,0 +1,197 @@
+"""Makes a model version ready to serve: completes its configuration, opens its sessions, plans threads and instances.
+
+`prepare` does everything that can go wrong and says what it decided; `sluice check` stops there. `ModelLoader` goes on
+and puts a queue and instances around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sluice_batching import BatchQueue, QueuePolicy
+from sluice_proto.model_config_pb2 import ModelInstanceGroup
+
+from sluice_server.execution import runtime
+from sluice_server.execution.instance import BatchRunner, Instance
+from sluice_server.execution.model import ServedModel
+from sluice_server.execution.options import plan_options
+from sluice_server.execution.parameters import parameter_values
+from sluice_server.execution.providers import choose_providers, count_gpus
+from sluice_server.execution.session import Session
+from sluice_server.execution.threads import available_cpus, plan_threads
+from sluice_server.observability.statistics import ModelStatistics
+from sluice_server.protocol.encode import Encoder
+from sluice_server.protocol.interface import ModelInterface
+from sluice_server.repository.autocomplete import complete, normalize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sluice_batching import ExpiryTimer
+    from sluice_proto.model_config_pb2 import ModelConfig
+
+    from sluice_server.execution.options import OptionPlan
+    from sluice_server.execution.providers import ProviderPlan
+    from sluice_server.execution.request import InferRequest
+    from sluice_server.execution.threads import ThreadPlan
+    from sluice_server.repository.layout import ModelDirectory
+    from sluice_server.settings import ModelSettings
+    from sluice_server.status import StatusMapper
+
+NS_PER_US = 1000
+
+CPU_DEVICE = -1
+"""Where a GPU's number would stand for a session on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What this machine gives to models: CPUs by quota and affinity, GPUs, and ONNX Runtime's providers."""
+
+    cpus: int
+    gpus: int
+    providers: tuple[str, ...]
+
+    @classmethod
+    def of_this_machine(cls, environ: Mapping[str, str]) -> Host:
+        """Look at the machine; CUDA_VISIBLE_DEVICES limits the GPUs as it does for CUDA."""
+        return cls(available_cpus(), count_gpus(environ.get("CUDA_VISIBLE_DEVICES")), runtime.available_providers())
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceGroup:
+    """The instances of a model on one device: they share one session."""
+
+    device: int
+    session: Session
+    threads: ThreadPlan
+    options: OptionPlan
+    providers: ProviderPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """A version with its sessions open: everything that loading decides."""
+
+    config: ModelConfig
+    groups: tuple[DeviceGroup, ...]
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """A sentence for each provider that was asked for and is not used."""
+        return tuple(text for group in self.groups for text in (*group.providers.warnings, *group.session.fallbacks))
+
+
+def prepare(
+    directory: ModelDirectory, version: int, written: ModelConfig | None, settings: ModelSettings, host: Host
+) -> PreparedModel:
+    """Open one version. Raises ConfigError for what is written, ModelLoadError, BackendError or InvalidArgument
+    (providers, options) for what does not fit the model file or the machine.
+    """
+    gpu_available = host.gpus > 0
+    config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=gpu_available)
+    path = directory.model_file(version, config.default_model_filename)
+    groups = []
+    for device, count, kind, name in _placements(config):
+        providers = choose_providers(
+            config,
+            kind,
+            max(device, 0),
+            host.providers,
+            host.gpus,
+            group=name,
+            allow_fallback=settings.allow_provider_fallback,
+        )
+        threads = plan_threads(count, parameter_values(config), host.cpus, model=config.name, on_gpu=providers.on_gpu)
+        options = plan_options(config, threads)
+        session = Session(path, options, providers.choices, allow_fallback=settings.allow_provider_fallback)
+        groups.append(DeviceGroup(device, session, threads, options, providers))
+    completed = complete(
+        written,
+        groups[0].session.signature,
+        name=directory.name,
+        auto_complete=settings.auto_complete,
+        default_max_batch_size=settings.default_max_batch_size,
+        gpu_available=gpu_available,
+    )
+    return PreparedModel(completed, tuple(groups))
+
+
+def _placements(config: ModelConfig) -> list[tuple[int, int, int, str]]:
+    """(device, instances, kind, group's name) of each session to open: all groups on one device share it."""
+    placements: dict[int, tuple[int, int, int, str]] = {}
+    for group in config.instance_group:
+        on_cpu = group.kind == ModelInstanceGroup.KIND_CPU
+        for device in (CPU_DEVICE,) if on_cpu else tuple(group.gpus) or (0,):
+            count = placements[device][1] if device in placements else 0
+            placements[device] = (device, count + group.count, group.kind, group.name)
+    return list(placements.values())
+
+
+class ModelLoader:
+    """The manager's loader: a served model from a version on disk."""
+
+    def __init__(
+        self, settings: ModelSettings, to_status: StatusMapper, timer: ExpiryTimer, environ: Mapping[str, str]
+    ) -> None:
+        self._settings = settings
+        self._to_status = to_status
+        self._timer = timer
+        self._host = Host.of_this_machine(environ)
+
+    def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> ServedModel:
+        """Load one version; it takes requests once it is started."""
+        prepared = prepare(directory, version, config, self._settings, self._host)
+        completed = prepared.config
+        interface = ModelInterface.of(completed, version)
+        queue: BatchQueue[InferRequest] = BatchQueue(self._queue_policy(completed))
+        statistics = ModelStatistics()
+        runner = BatchRunner(
+            Encoder(interface), statistics, self._to_status, has_batch_dimension=interface.max_batch_rows > 0
+        )
+        instances = [
+            Instance(f"{completed.name}-{number}", queue, group.session, runner)
+            for group in prepared.groups
+            for number in range(group.threads.instances)
+        ]
+        return ServedModel(
+            completed,
+            interface,
+            queue,
+            instances,
+            runner,
+            statistics,
+            self._to_status,
+            self._timer,
+            properties=_properties(prepared, len(instances)),
+        )
+
+    def _queue_policy(self, config: ModelConfig) -> QueuePolicy:
+        batching = config.max_batch_size > 0 and config.HasField("dynamic_batching")
+        scheduler = config.dynamic_batching
+        # The largest size is where a batch is cut anyway, so that preferring it says nothing.
+        preferred = {rows for rows in scheduler.preferred_batch_size if rows != config.max_batch_size}
+        return QueuePolicy(
+            max_batch_rows=max(1, config.max_batch_size),
+            batching=batching,
+            max_delay_ns=scheduler.max_queue_delay_microseconds * NS_PER_US if batching else 0,
+            preferred_batch_rows=tuple(sorted(preferred)) if batching else (),
+            max_queue_rows=self._settings.queue_rows,
+            max_queue_bytes=self._settings.queue_bytes,
+        )
+
+
+def _properties(prepared: PreparedModel, instances: int) -> dict[str, str]:
+    """What ModelMetadata tells of how the model really runs, read back from its sessions."""
+    first = prepared.groups[0]
+    properties = {
+        "execution_providers": ",".join(
+            dict.fromkeys(name for group in prepared.groups for name in group.session.providers)
+        ),
+        "instances": str(instances),
+        "intra_op_threads": str(first.threads.intra_op_threads),
+    }
+    if prepared.fallbacks:
+        properties["provider_fallback"] = "; ".join(prepared.fallbacks)
+    return properties

@@ -1,0 +1,109 @@
+"""One served model version: its interface, its queue, the instances that pull from it, and its counters."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import TYPE_CHECKING
+
+from sluice_batching import Draining, QueueFull, RequestTooLarge
+
+from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SluiceError
+from sluice_server.observability.statistics import FailureReason, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sluice_batching import BatchingError, BatchQueue, ExpiryTimer
+    from sluice_proto.model_config_pb2 import ModelConfig
+
+    from sluice_server.execution.instance import BatchRunner, Instance
+    from sluice_server.execution.request import InferRequest
+    from sluice_server.observability.statistics import ModelStatistics
+    from sluice_server.protocol.interface import ModelInterface
+    from sluice_server.status import StatusMapper
+
+
+class ServedModel:
+    """A loaded version, ready to take requests from any thread. Made by `loader.load`, started once."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        interface: ModelInterface,
+        queue: BatchQueue[InferRequest],
+        instances: Sequence[Instance],
+        runner: BatchRunner,
+        statistics: ModelStatistics,
+        to_status: StatusMapper,
+        timer: ExpiryTimer,
+        *,
+        properties: dict[str, str],
+    ) -> None:
+        self.config = config
+        self.interface = interface
+        self.queue = queue
+        self.statistics = statistics
+        self.properties = properties
+        self._instances = instances
+        self._runner = runner
+        self._to_status = to_status
+        self._timer = timer
+
+    def __repr__(self) -> str:
+        return f"<ServedModel {self.interface.name}/{self.interface.version} {self.queue!r}>"
+
+    def start(self) -> None:
+        """Let the instances pull, and have expired requests answered while all of them are busy."""
+        self._timer.register(self.queue, self._runner.expire)
+        for instance in self._instances:
+            instance.start()
+
+    def submit(self, requests: Sequence[InferRequest]) -> list[InferRequest]:
+        """Queue requests; each is answered later, or here when it is refused.
+
+        Returns those that came too late because this version is being unloaded: the caller finds the version that
+        took its place.
+        """
+        for request in requests:
+            request.call.on_cancel = functools.partial(self._cancel, request)
+        late = []
+        for request, error in zip(requests, self.queue.offer_many(requests), strict=True):
+            if error is None:
+                continue
+            if isinstance(error, Draining):
+                late.append(request)
+            else:
+                self._refuse(request, error)
+        return late
+
+    def drain(self) -> None:
+        """Refuse new requests; what is queued is still run."""
+        self.queue.drain()
+
+    def join(self, timeout_s: float | None) -> bool:
+        """Wait until everything that was accepted is answered; False when time ran out first. Needs `drain`."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        for instance in self._instances:
+            if not instance.join(None if until is None else max(0.0, until - time.monotonic())):
+                return False
+        self._timer.unregister(self.queue)
+        return True
+
+    def _cancel(self, request: InferRequest) -> None:
+        if self.queue.cancel(request):
+            total_ns = time.monotonic_ns() - request.call.received_ns
+            self.statistics.record_failure(FailureReason.CANCELED, total_ns=total_ns)
+
+    def _refuse(self, request: InferRequest, error: BatchingError) -> None:
+        name = self.interface.name
+        if isinstance(error, RequestTooLarge):
+            self.statistics.record_refused(Outcome.INVALID)
+            refusal: SluiceError = InvalidArgument(f"model '{name}' never takes this: {error}")
+        elif isinstance(error, QueueFull):
+            self.statistics.record_refused(Outcome.QUEUE_FULL)
+            refusal = ResourceExhausted(f"Exceeds maximum queue size of model '{name}': {error}")
+        else:
+            self.statistics.record_refused(Outcome.QUEUE_TIMEOUT)
+            refusal = DeadlineExceeded("Request timeout expired before it was queued")
+        request.call.fail(self._to_status(refusal))

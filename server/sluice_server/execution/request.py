@@ -1,0 +1,41 @@
+"""One inference request between its decoding and its answer: what the queue orders and an instance runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sluice_batching import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    import numpy as np
+
+    from sluice_server.transport.call import Call
+
+
+class InferRequest(Request):
+    """A validated request. `arrays` are read-only views over the received message, by the graph's input names.
+
+    Each array has the model's own shape, the batch dimension included when the model batches. `output_names` are
+    the outputs to compute and return, in the order of the answer.
+    """
+
+    __slots__ = ("arrays", "call", "id", "output_names")
+
+    def __init__(
+        self,
+        call: Call,
+        request_id: str,
+        arrays: dict[str, np.ndarray],
+        output_names: tuple[str, ...],
+        *,
+        rows: int,
+        key: Hashable,
+        deadline_ns: int,
+    ) -> None:
+        super().__init__(rows=rows, size_bytes=len(call.message), key=key, deadline_ns=deadline_ns)
+        self.call = call
+        self.id = request_id
+        self.arrays = arrays
+        self.output_names = output_names

@@ -1,0 +1,190 @@
+"""The server as a whole: what is built from the settings, and in which order it starts and stops.
+
+build    runtime check, models' loader and manager, RPCs, transport, HTTP listeners (bound at once)
+start    HTTP (live, not ready, metrics), models, gRPC, ready
+stop     not ready, no new calls, accepted calls are finished, queues run dry, HTTP last
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import logging
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sluice_batching import ExpiryTimer
+
+from sluice_server.execution import runtime
+from sluice_server.execution.loader import ModelLoader
+from sluice_server.execution.providers import check_distributions
+from sluice_server.http.app import metrics_app, rest_app
+from sluice_server.http.server import HttpListener, HttpServer
+from sluice_server.observability import metrics
+from sluice_server.observability.host import HostReader
+from sluice_server.observability.tracing import create_tracer
+from sluice_server.protocol.dispatch import STREAMS, Dispatcher
+from sluice_server.protocol.rpcs import EXTENSIONS, ServerIdentity, rpc_table
+from sluice_server.repository.layout import Repositories
+from sluice_server.repository.manager import ModelManager
+from sluice_server.security.control import ControlPolicy
+from sluice_server.status import StatusMapper
+from sluice_server.transport.grpcio import GrpcioOptions, GrpcioTransport, TlsFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sluice_server.settings import GrpcSettings, ServerSettings
+
+logger = logging.getLogger(__name__)
+
+SLOW_CALLS_MAX = 4
+"""Threads for load, unload and index calls: one model may take minutes and must not hold up the others."""
+
+TRACE_FLUSH_S = 5.0
+"""How long the end of the process waits for a trace collector."""
+
+
+class StartError(Exception):
+    """The server cannot start; the text says why."""
+
+
+def check_runtime() -> None:
+    """Raise StartError unless exactly one distribution of ONNX Runtime is installed."""
+    problem = check_distributions()
+    if problem is not None:
+        raise StartError(problem)
+
+
+class Server:
+    """One server in this process. `start`, then `stop`; both from the same thread."""
+
+    def __init__(self, settings: ServerSettings, environ: Mapping[str, str]) -> None:
+        """Build every part; ports for HTTP are bound here, the one for gRPC in `start`."""
+        runtime.configure_runtime()
+        self._settings = settings
+        self._version = importlib.metadata.version("sluice")
+        self._timer = ExpiryTimer()
+        self._slow_pool = ThreadPoolExecutor(SLOW_CALLS_MAX, thread_name_prefix="slow-call")
+        self._tracer = create_tracer(environ, self._version)
+        self._host = HostReader()
+        to_status = StatusMapper(triton_codes=settings.triton_status_codes)
+        self.manager = ModelManager(
+            Repositories(settings.models.repositories),
+            ModelLoader(settings.models, to_status, self._timer, environ),
+            mode=settings.models.control_mode,
+            strict_readiness=settings.strict_readiness,
+            load_threads=settings.models.load_threads,
+            on_readiness=self._set_serving,
+        )
+        identity = ServerIdentity(settings.server_id, self._version)
+        rpcs = rpc_table(self.manager, identity, ControlPolicy(allow_any=settings.allow_any_control))
+        dispatcher = Dispatcher(self.manager, rpcs, to_status, self._slow_pool, self._tracer)
+        self.transport = GrpcioTransport(dispatcher, STREAMS, _transport_options(settings.grpc))
+        self.http_port = self.metrics_port = 0
+        listeners = []
+        if settings.http is not None:
+            app = rest_app(self.manager, identity, EXTENSIONS, to_status)
+            listeners.append(HttpListener(app, settings.http.address, settings.http.port))
+            self.http_port = listeners[-1].port
+        if settings.metrics is not None:
+            app = metrics_app(self.render_metrics)
+            listeners.append(HttpListener(app, settings.metrics.address, settings.metrics.port))
+            self.metrics_port = listeners[-1].port
+        self._http = HttpServer(listeners)
+
+    def start(self) -> None:
+        """Load the models and open the doors; `StartError` when a model failed and errors end the server."""
+        self._http.start()
+        failed = self.manager.start(self._settings.models.load_models)
+        if failed and self._settings.exit_on_error:
+            raise StartError(
+                f"{', '.join(failed)} failed to load (the reasons are above);"
+                " start with --exit-on-error=false to serve the other models"
+            )
+        self.transport.start()
+        # What is loaded by now lives as long as the process: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        logger.info(
+            "server is serving",
+            extra={
+                "version": self._version,
+                "transport": self.transport.name,
+                "grpc": ",".join(self.transport.endpoints),
+                "http": self.http_port or "off",
+                "metrics": self.metrics_port or "off",
+                "ready": self.manager.server_ready,
+            },
+        )
+
+    def stop(self) -> bool:
+        """Finish what was accepted and end; False when time ran out before everything was answered."""
+        until = time.monotonic() + self._settings.exit_timeout_s
+        self.manager.drain()
+        self.transport.stop(self._settings.exit_timeout_s)
+        finished = self.manager.stop(max(0.0, until - time.monotonic()))
+        self._slow_pool.shutdown(wait=False, cancel_futures=True)
+        self._timer.stop()
+        self._http.stop()
+        if self._tracer is not None:
+            self._tracer.shutdown(TRACE_FLUSH_S)
+        logger.info("server has stopped", extra={"all_answered": finished})
+        return finished
+
+    def render_metrics(self) -> bytes:
+        """The body of GET /metrics, read from the counters as they are now."""
+        models = [
+            metrics.ModelMetrics(
+                name=model.interface.name,
+                version=model.interface.version,
+                snapshot=model.statistics.snapshot(),
+                pending_requests=len(model.queue),
+                queue_rows=model.queue.rows,
+                queue_bytes=model.queue.size_bytes,
+            )
+            for model in self.manager.served()
+        ]
+        host = self._host.read()
+        return metrics.render(models, metrics.ServerMetrics(self._version, self.transport.outcomes(), host))
+
+    def _set_serving(self, name: str, ready: bool) -> None:
+        self.transport.set_serving(name, serving=ready)
+        if not name:
+            self.transport.set_serving(self.transport.service, serving=ready)
+
+
+@contextmanager
+def termination() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; the second one ends the process at once."""
+    asked = threading.Event()
+
+    def on_signal(number: int, _frame: object) -> None:
+        if asked.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        asked.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _transport_options(settings: GrpcSettings) -> GrpcioOptions:
+    tls = None
+    if settings.certificate is not None and settings.key is not None:
+        try:
+            roots = settings.client_roots.read_bytes() if settings.client_roots is not None else None
+            tls = TlsFiles(settings.certificate.read_bytes(), settings.key.read_bytes(), roots)
+        except OSError as error:
+            raise StartError(f"cannot read {error.filename} for TLS: {error.strerror}") from error
+    return GrpcioOptions(
+        address=settings.target, tls=tls, reuse_port=settings.reuse_port, channel_args=settings.channel_args
+    )

@@ -1,0 +1,310 @@
+"""From the bytes of a ModelInferRequest to a validated request, with Triton's checks in Triton's order.
+
+The order and the codes are the contract (compatibility, section 3): parameters, duplicate names, tensor data, outputs,
+number of inputs, their names, batch size, data types, shapes, sizes. Every check happens before the queue. Arrays are
+views over the received message: nothing is copied and nothing is allocated for what a request merely claims.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.message import DecodeError
+from sluice_proto import errors as proto_errors
+from sluice_proto import tensors, wire
+from sluice_proto.grpc_service_pb2 import ModelInferRequest
+
+from sluice_server.errors import InvalidArgument, Unimplemented
+from sluice_server.execution.request import InferRequest
+from sluice_server.protocol.interface import format_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from sluice_server.protocol.interface import ModelInterface, TensorInterface
+    from sluice_server.transport.call import Call
+
+SPLIT_BYTES_MIN = 48 * 1024
+"""From this size on, cutting the raw tensors out of the message first saves more (two copies) than it costs."""
+
+_NS_PER_US = 1000
+_BATCH_NOTE = (
+    " max_batch_size is set for this model, so the first dimension of every input is the batch and is not part of"
+    " the dims in its configuration; set max_batch_size to 0 to give whole shapes there."
+)
+_RESERVED_PREFIX = "triton_"
+_EMPTY_FINAL_RESPONSE = "triton_enable_empty_final_response"
+
+
+class ParsedRequest:
+    """A request that is valid protobuf: the message without its raw tensors, and views of those."""
+
+    __slots__ = ("message", "raws")
+
+    def __init__(self, data: bytes) -> None:
+        """Parse; `InvalidArgument` when `data` is not a ModelInferRequest."""
+        try:
+            if len(data) < SPLIT_BYTES_MIN:
+                self.message = ModelInferRequest.FromString(data)
+                self.raws: Sequence[bytes | memoryview] = self.message.raw_input_contents
+            else:
+                head, self.raws = wire.split_raw(data)
+                self.message = ModelInferRequest.FromString(head)
+        except (DecodeError, proto_errors.WireError) as error:
+            raise InvalidArgument(
+                f"the {len(data)} bytes of the request are not a ModelInferRequest message"
+            ) from error
+
+
+def decode(parsed: ParsedRequest, interface: ModelInterface, call: Call) -> InferRequest:
+    """Validate a request against the model it names; `InvalidArgument` says what is wrong, and where."""
+    message = parsed.message
+    timeout_us = _check_parameters(message.parameters) if message.parameters else 0
+    inputs = message.inputs
+    by_name = {tensor.name: tensor for tensor in inputs}
+    if len(by_name) != len(inputs):
+        raise _Refusal(message).because(f"input '{_first_duplicate(inputs)}' already exists in request")
+    sources = _find_data(parsed, interface)
+    output_names = _requested_outputs(message, interface) if message.outputs else interface.output_names
+    _check_names(message, by_name, interface)
+    rows = _batch_rows(message, interface)
+    arrays = {}
+    for tensor, source in zip(inputs, sources, strict=True):
+        arrays[tensor.name] = _array(message, tensor, source, interface)
+    key: Any = output_names
+    if interface.variable:
+        first = 1 if interface.max_batch_rows else 0
+        key = (output_names, *((name, arrays[name].shape[first:]) for name in interface.inputs if name in arrays))
+    deadline_ns = call.deadline_ns
+    if timeout_us:
+        deadline_ns = min(deadline_ns, call.received_ns + timeout_us * _NS_PER_US)
+    return InferRequest(call, message.id, arrays, output_names, rows=rows, key=key, deadline_ns=deadline_ns)
+
+
+class _Refusal:
+    """Makes the error of a check in the core: Triton puts the request's id before it."""
+
+    def __init__(self, message: ModelInferRequest) -> None:
+        self._prefix = f"[request id: {message.id or '<id_unknown>'}] "
+
+    def because(self, text: str) -> InvalidArgument:
+        return InvalidArgument(self._prefix + text)
+
+
+def _check_parameters(parameters: Any) -> int:
+    """Check the reserved parameters and give `timeout` in microseconds, 0 without one; others have no effect."""
+    for key in parameters:
+        expected = _PARAMETER_KINDS.get(key)
+        kind = parameters[key].WhichOneof("parameter_choice")
+        if expected is not None:
+            if kind not in expected:
+                raise InvalidArgument(f"invalid value type for '{key}' parameter, expected {' or '.join(expected)}.")
+        elif key.startswith(_RESERVED_PREFIX):
+            raise InvalidArgument(
+                f"parameter '{key}' is not known: keys starting with '{_RESERVED_PREFIX}' are reserved, and only"
+                f" {_EMPTY_FINAL_RESPONSE} is allowed"
+            )
+    if "priority" in parameters and parameters["priority"].int64_param < 0:
+        raise InvalidArgument("invalid value for 'priority', expected value >= 0.")
+    timeout_us: int = parameters["timeout"].int64_param if "timeout" in parameters else 0
+    if timeout_us < 0:
+        raise InvalidArgument(f"invalid value for 'timeout', expected microseconds >= 0, got {timeout_us}.")
+    return timeout_us
+
+
+# Triton's reserved request parameters and the kinds of value each may have.
+_PARAMETER_KINDS: dict[str, tuple[str, ...]] = {
+    "sequence_id": ("int64_param", "string_param"),
+    "sequence_start": ("bool_param",),
+    "sequence_end": ("bool_param",),
+    "priority": ("int64_param", "uint64_param"),
+    "timeout": ("int64_param",),
+    _EMPTY_FINAL_RESPONSE: ("bool_param",),
+}
+
+
+def _first_duplicate(named: Any) -> str:
+    seen: set[str] = set()
+    for item in named:
+        if item.name in seen:
+            return str(item.name)
+        seen.add(item.name)
+    raise AssertionError("called for names that repeat")
+
+
+def _find_data(parsed: ParsedRequest, interface: ModelInterface) -> list[Any]:
+    """The source of each input's data in request order: a raw buffer or the typed contents; surplus raw is ignored."""
+    raws = parsed.raws
+    next_raw = 0
+    sources: list[Any] = []
+    for tensor in parsed.message.inputs:
+        if tensor.parameters and "shared_memory_region" in tensor.parameters:
+            raise Unimplemented(
+                f"shared memory is not implemented in this version: input tensor '{tensor.name}' names a region"
+            )
+        if tensor.HasField("contents"):
+            sources.append(_typed_source(tensor, interface, raw_is_used=bool(raws)))
+        elif next_raw < len(raws):
+            sources.append(raws[next_raw])
+            next_raw += 1
+        else:
+            raise InvalidArgument(
+                f"unable to find data for input tensor '{tensor.name}' for model '{interface.name}' in request."
+            )
+    return sources
+
+
+def _typed_source(tensor: Any, interface: ModelInterface, *, raw_is_used: bool) -> Any:
+    where = f"for input tensor '{tensor.name}' for model '{interface.name}'"
+    if raw_is_used:
+        raise InvalidArgument(f"contents field must not be specified when using raw_input_contents {where}")
+    filled = tensors.contents_fields(tensor.contents)
+    if len(filled) > 1:
+        raise InvalidArgument(
+            f"unexpected explicit tensor data {where}: more than one field is filled: {', '.join(filled)}"
+        )
+    dtype = tensors.BY_NAME.get(tensor.datatype)
+    if dtype is not None and filled and filled[0] != dtype.contents_field:
+        wanted = dtype.contents_field or "raw_input_contents only"
+        raise InvalidArgument(
+            f"unexpected explicit tensor data {where}: {filled[0]} is filled,"
+            f" but datatype '{tensor.datatype}' is carried by {wanted}"
+        )
+    return tensor.contents
+
+
+def _requested_outputs(message: ModelInferRequest, interface: ModelInterface) -> tuple[str, ...]:
+    """The names asked for, in that order; a name twice is refused, as newer Triton does."""
+    names = tuple(output.name for output in message.outputs)
+    for output in message.outputs:
+        if output.parameters:
+            _check_output_parameters(output)
+    if len(set(names)) != len(names):
+        raise _Refusal(message).because(f"output '{_first_duplicate(message.outputs)}' already exists in request")
+    for name in names:
+        if name not in interface.outputs:
+            raise InvalidArgument(
+                f"unexpected inference output '{name}' for model '{interface.name}',"
+                f" it has {', '.join(interface.outputs)}"
+            )
+    return names
+
+
+def _check_output_parameters(output: Any) -> None:
+    for key, feature in (("classification", "classification"), ("shared_memory_region", "shared memory")):
+        if key in output.parameters:
+            raise Unimplemented(f"{feature} is not implemented in this version: output '{output.name}' asks for it")
+
+
+def _check_names(message: ModelInferRequest, by_name: dict[str, Any], interface: ModelInterface) -> None:
+    """First the number of inputs, then their names: Triton's order."""
+    if not interface.required_inputs <= len(by_name) <= len(interface.inputs):
+        raise _Refusal(message).because(_count_text(by_name, interface))
+    for name in by_name:
+        if name not in interface.inputs:
+            raise InvalidArgument(
+                f"unexpected inference input '{name}' for model '{interface.name}',"
+                f" it has {', '.join(interface.inputs)}"
+            )
+    if interface.required_inputs != len(interface.inputs):
+        missing = [name for name, tensor in interface.inputs.items() if not tensor.optional and name not in by_name]
+        if missing:
+            raise _Refusal(message).because(_count_text(by_name, interface))
+
+
+def _count_text(by_name: dict[str, Any], interface: ModelInterface) -> str:
+    most, least = len(interface.inputs), interface.required_inputs
+    expected = f"{most} inputs" if least == most else f"number of inputs between {least} and {most}"
+    missing = [name for name, tensor in interface.inputs.items() if not tensor.optional and name not in by_name]
+    return (
+        f"expected {expected} but got {len(by_name)} inputs for model '{interface.name}'."
+        f" Got input(s) {list(by_name)}, missing required input(s) {missing}, the model has {list(interface.inputs)}."
+    )
+
+
+def _batch_rows(message: ModelInferRequest, interface: ModelInterface) -> int:
+    """The request's rows: dimension 0, equal in all inputs; 1 for a model without a batch dimension."""
+    limit = interface.max_batch_rows
+    if limit == 0:
+        return 1
+    rows = None
+    for tensor in message.inputs:
+        if not tensor.shape:
+            raise _Refusal(message).because(
+                f"input '{tensor.name}' has no shape but model requires batch dimension for '{interface.name}'"
+            )
+        if rows is None:
+            rows = tensor.shape[0]
+        elif tensor.shape[0] != rows:
+            raise _Refusal(message).because(
+                f"input '{tensor.name}' batch size does not match other inputs for '{interface.name}':"
+                f" {tensor.shape[0]} and {rows}"
+            )
+    if rows is None or rows > limit:
+        raise _Refusal(message).because(
+            f"inference request batch-size must be <= {limit} for '{interface.name}', got {rows}"
+        )
+    if rows == 0:
+        raise _Refusal(message).because(f"inference request batch-size must be >= 1 for '{interface.name}', got 0")
+    return int(rows)
+
+
+def _array(message: ModelInferRequest, tensor: Any, source: Any, interface: ModelInterface) -> np.ndarray:
+    """Check one input's data type, shape and size, in this order, and give the view of its data."""
+    expected = interface.inputs[tensor.name]
+    if tensor.datatype != expected.dtype.name:
+        raise _Refusal(message).because(
+            f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{interface.name}' expects"
+            f" '{expected.dtype.name}'"
+        )
+    shape = tuple(tensor.shape)
+    dims = shape[1:] if interface.max_batch_rows else shape
+    if not expected.accepts(dims) or min(shape, default=0) < 0:
+        raise _shape_error(message, expected, shape, interface)
+    try:
+        if isinstance(source, (bytes, memoryview)):
+            return tensors.view(expected.dtype, shape, source)
+        return tensors.from_contents(expected.dtype, shape, source)
+    except proto_errors.TensorError as error:
+        raise _data_error(message, expected, error, interface) from error
+
+
+def _shape_error(
+    message: ModelInferRequest, expected: TensorInterface, shape: tuple[int, ...], interface: ModelInterface
+) -> InvalidArgument:
+    where = f"for input '{expected.name}' for model '{interface.name}'"
+    if min(shape, default=0) < 0:
+        return _Refusal(message).because(f"All input dimensions should be specified {where}, got {format_shape(shape)}")
+    batch, note = ((-1,), _BATCH_NOTE) if interface.max_batch_rows else ((), "")
+    return _Refusal(message).because(
+        f"unexpected shape {where}. Expected {format_shape(batch + expected.dims)}, got {format_shape(shape)}.{note}"
+    )
+
+
+def _data_error(
+    message: ModelInferRequest, expected: TensorInterface, error: proto_errors.TensorError, interface: ModelInterface
+) -> InvalidArgument:
+    """The size check's refusal, with Triton's facts for fixed-size types and for BYTES."""
+    where = f"for inference input '{expected.name}' for model '{interface.name}'"
+    match error:
+        case proto_errors.SizeMismatch():
+            text = (
+                f"input byte size mismatch for input '{expected.name}' for model '{interface.name}'."
+                f" Expected {error.expected_bytes}, got {error.got_bytes}"
+            )
+        case proto_errors.BytesElementCount(more=False):
+            text = f"expected {error.expected} string elements {where}, got {error.got}"
+        case proto_errors.BytesElementCount():
+            text = f"unexpected number of string elements {error.got} {where}, expecting {error.expected}"
+        case proto_errors.BytesTruncatedLength():
+            text = f"incomplete string length indicator {where}, expecting 4 bytes but only {error.available} available"
+        case proto_errors.BytesTruncatedBody():
+            text = (
+                f"incomplete string data {where}, expecting string of length {error.length} but only"
+                f" {error.available} bytes available"
+            )
+        case _:
+            text = f"input '{expected.name}' for model '{interface.name}' cannot be read: {error}"
+    return _Refusal(message).because(text)

@@ -1,0 +1,134 @@
+"""Takes lists of calls from a transport, answers the cheap ones in place and sends inference to the models' queues.
+
+Runs on the transport's intake thread. What can take long (loading a model) goes to a small pool of threads. Whatever
+goes wrong with one call ends that call, with a status from the one table, and never the list.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError, Message
+from sluice_proto.grpc_service_pb2 import DESCRIPTOR
+
+from sluice_server.errors import InvalidArgument, Unavailable, Unimplemented
+from sluice_server.observability.statistics import Outcome
+from sluice_server.protocol.decode import ParsedRequest, decode
+from sluice_server.protocol.traced import TracedCall
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from concurrent.futures import Executor
+
+    from sluice_server.execution.model import ServedModel
+    from sluice_server.execution.request import InferRequest
+    from sluice_server.observability.tracing import Tracer
+    from sluice_server.protocol.rpcs import Rpc
+    from sluice_server.repository.manager import ModelManager
+    from sluice_server.status import StatusMapper
+    from sluice_server.transport.call import Call
+
+RELOADS_FOLLOWED_MAX = 4
+"""How often one request is passed on to the version that replaced the one it was meant for."""
+
+SERVICE = DESCRIPTOR.services_by_name["GRPCInferenceService"]
+
+STREAMS: dict[str, bool] = {method.name: method.client_streaming for method in SERVICE.methods}
+"""Every RPC of the service, and whether it streams: what a transport is to accept."""
+
+
+class Dispatcher:
+    """The handler that a transport is given; it never raises."""
+
+    def __init__(
+        self,
+        manager: ModelManager,
+        rpcs: Mapping[str, Rpc],
+        to_status: StatusMapper,
+        slow_pool: Executor,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._manager = manager
+        self._rpcs = rpcs
+        self._to_status = to_status
+        self._slow_pool = slow_pool
+        self._tracer = tracer
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        """Take every call of the list over."""
+        queued: dict[ServedModel, list[InferRequest]] = {}
+        for call in calls:
+            if call.method == "ModelInfer":
+                self._decode_into(queued, call)
+            else:
+                self._answer(call)
+        for model, requests in queued.items():
+            self._submit(model, requests, RELOADS_FOLLOWED_MAX)
+
+    def _decode_into(self, queued: dict[ServedModel, list[InferRequest]], call: Call) -> None:
+        model = None
+        if self._tracer is not None:
+            call = self._sampled(self._tracer, call)
+        try:
+            parsed = ParsedRequest(call.message)
+            model = self._manager.find(parsed.message.model_name, parsed.message.model_version)
+            if call.sampled:
+                call.describe(model=model.interface.name, version=model.interface.version)
+            request = decode(parsed, model.interface, call)
+        except Exception as error:
+            if model is not None:
+                model.statistics.record_refused(Outcome.INVALID)
+            call.fail(self._to_status(error))
+            return
+        queued.setdefault(model, []).append(request)
+
+    @staticmethod
+    def _sampled(tracer: Tracer, call: Call) -> Call:
+        if call.sampled:  # passed on to the version that replaced another one
+            return call
+        trace = tracer.start_request(call.method, call.metadata, call.received_ns)
+        return call if trace is None else TracedCall(call, trace)
+
+    def _submit(self, model: ServedModel, requests: list[InferRequest], reloads_left: int) -> None:
+        late = model.submit(requests)
+        if not late:
+            return
+        # The version began to drain after it was looked up. Its successor is in place by now, with its own checks.
+        queued: dict[ServedModel, list[InferRequest]] = {}
+        for request in late:
+            if reloads_left:
+                self._decode_into(queued, request.call)
+            else:
+                model.statistics.record_refused(Outcome.UNAVAILABLE)
+                request.call.fail(
+                    self._to_status(Unavailable(f"model '{model.interface.name}' is not ready: it is being replaced"))
+                )
+        for successor, again in queued.items():
+            self._submit(successor, again, reloads_left - 1)
+
+    def _answer(self, call: Call) -> None:
+        rpc = self._rpcs.get(call.method)
+        if rpc is None:
+            call.fail(self._to_status(Unimplemented(f"{call.method} is not implemented in this version")))
+        elif rpc.slow:
+            try:
+                self._slow_pool.submit(self._run, rpc, call)
+            except RuntimeError:  # the pool is shut down: the server is ending
+                call.fail(self._to_status(Unavailable("the server is shutting down")))
+        else:
+            self._run(rpc, call)
+
+    def _run(self, rpc: Rpc, call: Call) -> None:
+        try:
+            response = rpc.answer(_parse(rpc.request, call), call)
+            call.reply((response.SerializeToString(),))
+        except Exception as error:
+            call.fail(self._to_status(error))
+
+
+def _parse(message_class: type[Message], call: Call) -> Message:
+    try:
+        return message_class.FromString(call.message)
+    except DecodeError as error:
+        name = message_class.DESCRIPTOR.name
+        raise InvalidArgument(f"the {len(call.message)} bytes of the request are not a {name} message") from error

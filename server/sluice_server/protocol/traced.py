@@ -1,0 +1,72 @@
+"""A call whose request is sampled for tracing: the same call, that also ends its spans when it ends."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from sluice_server.status import Code
+from sluice_server.transport.call import Call
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Buffer
+
+    from sluice_server.observability.tracing import RequestTrace
+    from sluice_server.status import Status
+    from sluice_server.transport.call import Metadata
+
+
+class TracedCall(Call):
+    """Wraps a call from the transport; only sampled requests pay for it."""
+
+    __slots__ = ("_call", "_facts", "_trace")
+
+    sampled = True
+
+    def __init__(self, call: Call, trace: RequestTrace) -> None:
+        self._call = call
+        self._trace: RequestTrace | None = trace
+        self._facts: dict[str, Any] = {}
+        self.method = call.method
+        self.message = call.message
+        self.received_ns = call.received_ns
+        self.deadline_ns = call.deadline_ns
+        self.on_cancel = None
+        call.on_cancel = self._client_left
+
+    @property
+    def metadata(self) -> Metadata:
+        """The request's headers."""
+        return self._call.metadata
+
+    @property
+    def peer(self) -> str:
+        """The client's address."""
+        return self._call.peer
+
+    def describe(self, **facts: Any) -> None:
+        """Add what the spans tell: the keyword arguments of `RequestTrace.finish`, as they become known."""
+        self._facts.update(facts)
+
+    def reply(self, parts: Sequence[Buffer]) -> None:
+        """End the call and its spans."""
+        self._call.reply(parts)
+        self._end(Code.OK)
+
+    def fail(self, status: Status) -> None:
+        """End the call with an error, and its spans."""
+        self._call.fail(status)
+        self._end(status.code)
+
+    def _client_left(self) -> None:
+        if self.on_cancel is not None:
+            self.on_cancel()
+        self._end(Code.DEADLINE_EXCEEDED if time.monotonic_ns() >= self.deadline_ns else Code.CANCELLED)
+
+    def _end(self, code: Code) -> None:
+        # A running batch may still answer a call whose client left: the first end counts, as it does on the wire.
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            trace.finish(code, ended_ns=time.monotonic_ns(), **self._facts)

@@ -1,0 +1,368 @@
+"""The server's settings: frozen, valid once built, and the only thing that the parts are configured from.
+
+Triton's flag names where Triton has the flag. A Triton flag that is not there yet is in `REFUSED` and is refused by
+name, with what to do instead where there is something.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from sluice_server.observability.logs import LogOptions
+from sluice_server.repository.manager import ControlMode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+QUEUE_ROWS_DEFAULT = 65_536
+"""Rows that may wait per model: at the slowest useful model (some 100 rows/s) already minutes of work."""
+
+QUEUE_BYTES_DEFAULT = 1 << 30
+"""Bytes of requests that may wait per model: 1 GiB, a third of the memory of a small pod."""
+
+MAX_BATCH_DEFAULT = 4
+"""Triton's default-max-batch-size for models whose configuration is completed from the file."""
+
+UNIX_PREFIX = "unix:"
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcSettings:
+    """The gRPC listener. `address` is a host, or `unix:PATH` (the port is then without meaning)."""
+
+    address: str = "0.0.0.0"  # noqa: S104 - as in Triton: clients are on other hosts
+    port: int = 8001
+    reuse_port: bool = False
+    certificate: Path | None = None
+    key: Path | None = None
+    client_roots: Path | None = None
+    channel_args: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def target(self) -> str:
+        """The address as gRPC wants it."""
+        return self.address if self.address.startswith(UNIX_PREFIX) else f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """One HTTP listener; None instead of it switches it off."""
+
+    address: str = "0.0.0.0"  # noqa: S104 - as in Triton
+    port: int = 8000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """How models are found, completed and run."""
+
+    repositories: tuple[Path, ...]
+    control_mode: ControlMode = ControlMode.NONE
+    load_models: tuple[str, ...] = ()
+    load_threads: int = 4
+    auto_complete: bool = True
+    default_max_batch_size: int = MAX_BATCH_DEFAULT
+    allow_provider_fallback: bool = False
+    queue_rows: int = QUEUE_ROWS_DEFAULT
+    queue_bytes: int = QUEUE_BYTES_DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Everything that `sluice serve` was told."""
+
+    models: ModelSettings
+    grpc: GrpcSettings
+    http: HttpSettings | None
+    metrics: HttpSettings | None
+    log: LogOptions
+    server_id: str = "triton"
+    exit_on_error: bool = True
+    strict_readiness: bool = True
+    exit_timeout_s: float = 30.0
+    triton_status_codes: bool = False
+    allow_any_control: bool = False
+
+
+class SettingsError(Exception):
+    """A flag or a value that cannot be used; the text names it and says what to do."""
+
+
+REFUSED: dict[str, str] = {
+    "--allow-client-shm": "shared memory is not there yet",
+    "--allow-cpu-metrics": "the CPU metrics are always there",
+    "--allow-gpu-metrics": "GPU metrics are not there yet",
+    "--allow-sagemaker": "the SageMaker front end is not there",
+    "--allow-vertex-ai": "the Vertex AI front end is not there",
+    "--backend-directory": "there is one backend, ONNX Runtime, and it is built in",
+    "--buffer-management-thread-count": "tensors are views over the received message and are not copied by threads",
+    "--cache-config": "the response cache is not there yet",
+    "--cache-directory": "the response cache is not there yet",
+    "--cuda-memory-pool-byte-size": "ONNX Runtime's own allocator is used: pass gpu_mem_limit to the CUDA provider",
+    "--cuda-virtual-address-size": "ONNX Runtime's own allocator is used",
+    "--enable-peer-access": "peer access is ONNX Runtime's affair",
+    "--grpc-header-forward-pattern": "headers are not forwarded to models",
+    "--grpc-infer-allocation-pool-size": "there is no pool of request objects",
+    "--grpc-infer-response-compression-level": "responses are not compressed yet",
+    "--grpc-infer-thread-count": "one event loop takes all requests",
+    "--grpc-max-response-pool-size": "there is no pool of response objects",
+    "--grpc-restricted-protocol": "restricting protocols by header is not there yet",
+    "--host-policy": "host policies are not there",
+    "--http-header-forward-pattern": "headers are not forwarded to models",
+    "--http-restricted-api": "restricting protocols by header is not there yet",
+    "--http-thread-count": "one event loop takes all HTTP requests",
+    "--metrics-config": "the metrics are fixed",
+    "--metrics-interval-ms": "metrics are read at the moment of the scrape",
+    "--min-supported-compute-capability": "ONNX Runtime decides which GPUs it can use",
+    "--model-config-name": "custom configuration names are not there",
+    "--model-load-gpu-limit": "there is no limit on a GPU's memory at load",
+    "--model-load-retry-count": "a load that failed is not tried again",
+    "--model-namespacing": "model names are unique over all repositories",
+    "--pinned-memory-pool-byte-size": "there is no pinned memory pool",
+    "--rate-limit": "the rate limiter is not there yet",
+    "--rate-limit-resource": "the rate limiter is not there yet",
+    "--repoagent-directory": "repository agents are not there",
+    "--repository-poll-secs": "the control mode 'poll' is not there yet",
+    "--response-cache-byte-size": "the response cache is not there yet",
+    "--reuse-http-port": "HTTP ports are not shared",
+    "--strict-model-config": "it is deprecated in Triton: use --disable-auto-complete-config",
+    "--trace-config": "Triton's trace modes are not there yet: set OTEL_EXPORTER_OTLP_ENDPOINT for OpenTelemetry",
+}
+"""Triton's flags that this version does not have, with the reason."""
+
+# flag -> (the argument of gRPC's C core, what the number is)
+_CHANNEL_FLAGS: dict[str, tuple[str, str]] = {
+    "--grpc-keepalive-time": ("grpc.keepalive_time_ms", "milliseconds of silence before a keepalive ping"),
+    "--grpc-keepalive-timeout": ("grpc.keepalive_timeout_ms", "milliseconds to wait for the answer to a ping"),
+    "--grpc-keepalive-permit-without-calls": ("grpc.keepalive_permit_without_calls", "1 pings idle connections too"),
+    "--grpc-http2-max-pings-without-data": ("grpc.http2.max_pings_without_data", "pings without data in between"),
+    "--grpc-http2-min-recv-ping-interval-without-data": (
+        "grpc.http2.min_ping_interval_without_data_ms",
+        "milliseconds that must lie between a client's pings",
+    ),
+    "--grpc-http2-max-ping-strikes": ("grpc.http2.max_ping_strikes", "bad pings before a connection is closed"),
+    "--grpc-max-connection-age": ("grpc.max_connection_age_ms", "milliseconds a connection may live"),
+    "--grpc-max-connection-age-grace": (
+        "grpc.max_connection_age_grace_ms",
+        "milliseconds for its calls to end after that",
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, except that a wrong command line raises."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+def parse_serve(argv: Sequence[str]) -> ServerSettings:
+    """Build the settings from `sluice serve`'s arguments; `SettingsError` names the flag that is wrong."""
+    refuse_unimplemented(argv)
+    return _settings(_serve_parser().parse_args(argv))
+
+
+def refuse_unimplemented(argv: Sequence[str]) -> None:
+    """Raise for the first of Triton's flags that this version does not have."""
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag in REFUSED:
+            raise SettingsError(f"{flag} is a flag of Triton that is not implemented here: {REFUSED[flag]}")
+
+
+def _flag_bool(text: str) -> bool:
+    values = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+    try:
+        return values[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}") from None
+
+
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text!r}")
+    return value
+
+
+def _port(text: str) -> int:
+    value = _whole(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 (any that is free) to 65535, got {text!r}")
+    return value
+
+
+def _serve_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sluice serve",
+        description="Serve the ONNX models of a Triton model repository over gRPC.",
+        allow_abbrev=False,
+    )
+    _add_model_flags(parser)
+    _add_listener_flags(parser)
+    _add_life_flags(parser)
+    _add_log_flags(parser)
+    return parser
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models")
+    add = group.add_argument
+    add("--model-repository", "--model-store", action="append", type=Path, required=True, metavar="DIR",
+        help="a folder of models in Triton's layout; may be given several times")  # fmt: skip
+    add("--model-control-mode", choices=[*ControlMode, "poll"], default=ControlMode.NONE,
+        help="none: load everything at start; explicit: load --load-model and what load calls ask for")  # fmt: skip
+    add("--load-model", action="append", default=[], metavar="NAME",
+        help="in explicit mode: load this model at start, * for all; may be given several times")  # fmt: skip
+    add("--model-load-thread-count", type=_whole, default=4, metavar="N", help="models loaded at the same time")
+    add("--disable-auto-complete-config", action="store_true", help="take configurations as they are written only")
+    add("--backend-config", action="append", default=[], metavar="onnxruntime,KEY=VALUE",
+        help="the one key is default-max-batch-size: for models that name no batch size (4)")  # fmt: skip
+    add("--allow-provider-fallback", action="store_true",
+        help="run on the CPU, with a warning, when an execution provider that a model asks for is missing")  # fmt: skip
+    add("--default-queue-rows", type=_whole, default=QUEUE_ROWS_DEFAULT, metavar="N",
+        help="rows that may wait per model (%(default)s); 0: no limit, as in Triton")  # fmt: skip
+    add("--default-queue-bytes", type=_whole, default=QUEUE_BYTES_DEFAULT, metavar="N",
+        help="bytes of requests that may wait per model (%(default)s); 0: no limit")  # fmt: skip
+
+
+def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("listeners").add_argument
+    for name, port in (("grpc", 8001), ("http", 8000), ("metrics", 8002)):
+        add(f"--{name}-port", type=_port, default=port, metavar="PORT", help="(%(default)s; 0: any that is free)")
+        add(f"--{name}-address", metavar="HOST", help="the address to listen on (0.0.0.0)")
+        add(f"--allow-{name}", type=_flag_bool, default=True, metavar="true|false", help="listen at all (true)")
+    add("--reuse-grpc-port", type=_flag_bool, default=False, metavar="true|false",
+        help="let several servers share the gRPC port (false)")  # fmt: skip
+    add("--grpc-use-ssl", type=_flag_bool, default=False, metavar="true|false", help="TLS on the gRPC port (false)")
+    add("--grpc-use-ssl-mutual", type=_flag_bool, default=False, metavar="true|false",
+        help="TLS, and clients show certificates too (false)")  # fmt: skip
+    add("--grpc-server-cert", type=Path, metavar="FILE", help="the server's certificate, PEM")
+    add("--grpc-server-key", type=Path, metavar="FILE", help="the server's key, PEM")
+    add("--grpc-root-cert", type=Path, metavar="FILE", help="whom clients' certificates must be signed by, PEM")
+    for flag, (_, what) in _CHANNEL_FLAGS.items():
+        add(flag, type=int, metavar="N", help=what)
+
+
+def _add_life_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("life").add_argument
+    add("--id", default="triton", metavar="NAME", help="the server's name in its metadata (%(default)s)")
+    add("--exit-on-error", type=_flag_bool, default=True, metavar="true|false",
+        help="end when a model fails to load at start (true); false: serve the others")  # fmt: skip
+    add("--strict-readiness", type=_flag_bool, default=True, metavar="true|false",
+        help="ready only when every model that was to be loaded is (true)")  # fmt: skip
+    add("--exit-timeout-secs", type=_whole, default=30, metavar="S",
+        help="how long accepted requests may take after SIGTERM (%(default)s)")  # fmt: skip
+    add("--status-codes", choices=["exact", "triton"], default="exact",
+        help="triton: a full queue and a queue timeout are UNAVAILABLE, as there (exact)")  # fmt: skip
+    add("--allow-control", choices=["local", "any"], default="local",
+        help="whose load and unload calls are taken: only this machine's (local), or anybody's")  # fmt: skip
+
+
+def _add_log_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("log").add_argument
+    for level in ("info", "warning", "error"):
+        add(f"--log-{level}", type=_flag_bool, default=True, metavar="true|false", help=f"log at level {level} (true)")
+    add("--log-verbose", type=_whole, default=0, metavar="LEVEL", help="1 and more: log details (0)")
+    add("--log-format", choices=["default", "ISO8601", "json"], default="default", help="(%(default)s)")
+    add("--log-file", type=Path, metavar="FILE", help="log there and not to standard error")
+
+
+def _settings(args: argparse.Namespace) -> ServerSettings:
+    if args.model_control_mode == "poll":
+        raise SettingsError("--model-control-mode=poll is not implemented here yet: use none or explicit")
+    if args.load_model and args.model_control_mode != ControlMode.EXPLICIT:
+        raise SettingsError("--load-model needs --model-control-mode=explicit: mode none loads every model")
+    if not args.allow_grpc:
+        raise SettingsError(
+            "--allow-grpc=false would leave nothing to serve: REST inference is not implemented here yet"
+        )
+    return ServerSettings(
+        models=ModelSettings(
+            repositories=tuple(args.model_repository),
+            control_mode=ControlMode(args.model_control_mode),
+            load_models=tuple(args.load_model),
+            load_threads=max(1, args.model_load_thread_count),
+            auto_complete=not args.disable_auto_complete_config,
+            default_max_batch_size=_default_max_batch_size(args.backend_config),
+            allow_provider_fallback=args.allow_provider_fallback,
+            queue_rows=args.default_queue_rows,
+            queue_bytes=args.default_queue_bytes,
+        ),
+        grpc=_grpc_settings(args),
+        http=HttpSettings(_address(args.http_address), args.http_port) if args.allow_http else None,
+        metrics=_metrics_settings(args),
+        log=LogOptions(
+            info=args.log_info,
+            warning=args.log_warning,
+            error=args.log_error,
+            verbose_level=args.log_verbose,
+            format=args.log_format,
+            file=args.log_file,
+        ),
+        server_id=args.id,
+        exit_on_error=args.exit_on_error,
+        strict_readiness=args.strict_readiness,
+        exit_timeout_s=float(args.exit_timeout_secs),
+        triton_status_codes=args.status_codes == "triton",
+        allow_any_control=args.allow_control == "any",
+    )
+
+
+def _address(given: str | None) -> str:
+    return given or "0.0.0.0"  # noqa: S104 - as in Triton: clients are on other hosts
+
+
+def _metrics_settings(args: argparse.Namespace) -> HttpSettings | None:
+    """As in Triton, metrics listen where HTTP does unless told otherwise."""
+    return (
+        HttpSettings(_address(args.metrics_address or args.http_address), args.metrics_port)
+        if args.allow_metrics
+        else None
+    )
+
+
+def _grpc_settings(args: argparse.Namespace) -> GrpcSettings:
+    tls = args.grpc_use_ssl or args.grpc_use_ssl_mutual
+    needed = {"--grpc-server-cert": args.grpc_server_cert, "--grpc-server-key": args.grpc_server_key}
+    if args.grpc_use_ssl_mutual:
+        needed["--grpc-root-cert"] = args.grpc_root_cert
+    if tls:
+        for flag, value in needed.items():
+            if value is None:
+                raise SettingsError(f"TLS on the gRPC port needs {flag}")
+    return GrpcSettings(
+        address=_address(args.grpc_address),
+        port=args.grpc_port,
+        reuse_port=args.reuse_grpc_port,
+        certificate=args.grpc_server_cert if tls else None,
+        key=args.grpc_server_key if tls else None,
+        client_roots=args.grpc_root_cert if args.grpc_use_ssl_mutual else None,
+        channel_args=tuple(
+            (argument, value)
+            for flag, (argument, _) in _CHANNEL_FLAGS.items()
+            if (value := getattr(args, flag.removeprefix("--").replace("-", "_"))) is not None
+        ),
+    )
+
+
+def _default_max_batch_size(entries: Sequence[str]) -> int:
+    """The one setting of `--backend-config=BACKEND,KEY=VALUE` that there is here."""
+    value = str(MAX_BATCH_DEFAULT)
+    for entry in entries:
+        backend, _, setting = entry.partition(",")
+        key, _, text = setting.partition("=")
+        if backend not in ("", "onnxruntime") or key != "default-max-batch-size":
+            raise SettingsError(
+                f"--backend-config={entry} is not implemented here: only onnxruntime,default-max-batch-size=N is"
+            )
+        value = text
+    if not value.isdecimal():
+        raise SettingsError(f"--backend-config: default-max-batch-size must be a whole number >= 0, got {value!r}")
+    return int(value)

@@ -1,0 +1,292 @@
+"""The portable transport: grpcio's asyncio server on a thread and an event loop of its own.
+
+Calls that arrive during one turn of the event loop go up as one list, on the loop's thread, which is therefore this
+transport's intake thread: a separate one would add a hand-off for each request and save none. Ends come back through
+one queue that is emptied on the loop once per wake-up, so that a batch costs one wake-up and not one per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from sluice_batching import NO_DEADLINE
+
+from sluice_server.status import OK, Code, Status
+from sluice_server.transport.call import Call, ListenError
+from sluice_server.transport.health import HealthService
+from sluice_server.transport.reflection import add_reflection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from typing_extensions import Buffer
+
+    from sluice_server.transport.call import Metadata
+
+SERVICE = "inference.GRPCInferenceService"
+
+MESSAGE_BYTES_MAX = 2**31 - 1
+"""tritonclient's own limit both ways, and the largest that gRPC's framing in C core takes."""
+
+STREAMS_MAX = 8192
+"""Concurrent streams per connection: well above what a load generator opens, and a bound on what one peer can hold."""
+
+BIND_TIMEOUT_S = 30.0
+"""Binding takes milliseconds; past this the event loop is stuck and the start fails."""
+
+_CODES = {code: next(item for item in grpc.StatusCode if item.value[0] == code) for code in Code}
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM contents of a TLS listener; `client_roots` makes it mutual."""
+
+    certificate: bytes
+    key: bytes
+    client_roots: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcioOptions:
+    """How the grpcio server listens. `channel_args` are C core's own, e.g. keepalive."""
+
+    address: str = "0.0.0.0:8001"
+    tls: TlsFiles | None = None
+    reuse_port: bool = False
+    channel_args: tuple[tuple[str, int], ...] = ()
+
+
+class GrpcioCall(Call):
+    """One unary RPC of the grpcio server; its end is a future on the event loop."""
+
+    __slots__ = ("_context", "_transport", "ended", "future")
+
+    def __init__(self, transport: GrpcioTransport, method: str, message: bytes, context: Any) -> None:
+        self.method = method
+        self.message = message
+        self.received_ns = time.monotonic_ns()
+        remaining_s = context.time_remaining()
+        self.deadline_ns = NO_DEADLINE if remaining_s is None else self.received_ns + int(remaining_s * 1e9)
+        self.on_cancel = None
+        self.ended = False
+        self.future: asyncio.Future[tuple[Status, bytes]] = transport.loop.create_future()
+        self._transport = transport
+        self._context = context
+
+    def __repr__(self) -> str:
+        return f"<GrpcioCall {self.method} {'ended' if self.ended else 'open'}>"
+
+    @property
+    def metadata(self) -> Metadata:
+        """The request's headers."""
+        return tuple((key, value) for key, value in self._context.invocation_metadata())
+
+    @property
+    def peer(self) -> str:
+        """The client's address as gRPC writes it."""
+        return str(self._context.peer())
+
+    def reply(self, parts: Sequence[Buffer]) -> None:
+        """End the call with a message; the parts are joined here, on the caller's thread."""
+        self._transport.end(self, OK, b"".join(parts))
+
+    def fail(self, status: Status) -> None:
+        """End the call with an error."""
+        self._transport.end(self, status, b"")
+
+
+class GrpcioTransport:
+    """grpcio's asyncio server behind the seam. Everything but `end` and the public methods runs on its one thread."""
+
+    name = "grpcio"
+    service = SERVICE
+
+    def __init__(
+        self,
+        handler: Callable[[Sequence[Call]], None],
+        methods: Mapping[str, bool],
+        options: GrpcioOptions,
+    ) -> None:
+        """`methods` maps each RPC's name to whether it streams."""
+        self._handler = handler
+        self._methods = methods
+        self._options = options
+        self._inbox: list[GrpcioCall] = []
+        self._outbox: collections.deque[tuple[GrpcioCall, Status, bytes]] = collections.deque()
+        self._wake_is_due = False
+        self._outcomes: collections.Counter[tuple[str, Code]] = collections.Counter()
+        self._endpoints: tuple[str, ...] = ()
+        self._bound: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="grpcio-transport", daemon=True)
+        self._stopping: asyncio.Future[float]
+        self._health = HealthService()
+        self.loop: asyncio.AbstractEventLoop
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Where it listens; known after `start`."""
+        return self._endpoints
+
+    def outcomes(self) -> Mapping[tuple[str, Code], int]:
+        """How many calls of each method have ended with each code."""
+        return dict(self._outcomes)
+
+    def start(self) -> None:
+        """Bind and serve, or raise `ListenError`; returns when clients can connect."""
+        self._thread.start()
+        self._bound.result(BIND_TIMEOUT_S)
+
+    def set_serving(self, service: str, *, serving: bool) -> None:
+        """Say what grpc.health.v1 answers for a name; from any thread, also before `start` and after `stop`."""
+        self._health.set_serving(service, serving=serving)
+        self._call_on_loop(self._health.notify)
+
+    def stop(self, grace_s: float) -> None:
+        """Refuse new calls at once, wait up to `grace_s` seconds for accepted ones, cancel the rest."""
+        self._call_on_loop(lambda: self._begin_to_stop(grace_s))
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def end(self, call: GrpcioCall, status: Status, payload: bytes) -> None:
+        """Queue the end of a call; from any thread. The first end of a batch wakes the loop, the others ride along."""
+        self._outbox.append((call, status, payload))
+        if not self._wake_is_due:
+            self._wake_is_due = True
+            self._call_on_loop(self._flush)
+
+    def _begin_to_stop(self, grace_s: float) -> None:
+        if not self._stopping.done():
+            self._stopping.set_result(grace_s)
+
+    def _call_on_loop(self, callback: Callable[[], object]) -> None:
+        if not self._thread.is_alive():
+            return
+        try:
+            self.loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # the loop closed between the two lines: nobody is left to hear
+            if not self.loop.is_closed():
+                raise
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            if self._bound.done():
+                raise
+            self._bound.set_exception(error)
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._stopping = self.loop.create_future()
+        server = grpc.aio.server(options=self._channel_args())
+        server.add_generic_rpc_handlers((self._rpc_handlers(),))
+        self._health.add_to(server)
+        add_reflection(server, SERVICE)
+        self._endpoints = (self._bind(server),)
+        await server.start()
+        self._bound.set_result(None)
+        await server.stop(await self._stopping)
+        self._flush()
+
+    def _channel_args(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_concurrent_streams", STREAMS_MAX),
+            # Two servers on one port would share its connections silently; asked for, it is a feature.
+            ("grpc.so_reuseport", int(self._options.reuse_port)),
+            *self._options.channel_args,
+        ]
+
+    def _bind(self, server: grpc.aio.Server) -> str:
+        address, tls = self._options.address, self._options.tls
+        try:
+            if tls is None:
+                port = server.add_insecure_port(address)
+            else:
+                credentials = grpc.ssl_server_credentials(
+                    [(tls.key, tls.certificate)], tls.client_roots, require_client_auth=tls.client_roots is not None
+                )
+                port = server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ListenError(f"cannot listen on {address} for gRPC: is it in use, or not an address here?") from error
+        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+    def _rpc_handlers(self) -> grpc.GenericRpcHandler:
+        handlers = {
+            name: grpc.stream_stream_rpc_method_handler(self._stream_behaviour(name))
+            if streams
+            else grpc.unary_unary_rpc_method_handler(self._unary_behaviour(name))
+            for name, streams in self._methods.items()
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    def _unary_behaviour(self, method: str) -> Callable[[bytes, Any], Any]:
+        async def behave(message: bytes, context: Any) -> bytes:
+            call = GrpcioCall(self, method, message, context)
+            self._accept(call)
+            try:
+                status, payload = await call.future
+            except asyncio.CancelledError:
+                self._client_left(call)
+                raise
+            if status.code is not Code.OK:
+                await context.abort(_CODES[status.code], status.message)
+            return payload
+
+        return behave
+
+    def _stream_behaviour(self, method: str) -> Callable[[Any, Any], Any]:
+        """A stream is one call without a message: enough to be answered with a status."""
+        unary = self._unary_behaviour(method)
+
+        async def behave(_requests: Any, context: Any) -> None:
+            await unary(b"", context)
+
+        return behave
+
+    def _accept(self, call: GrpcioCall) -> None:
+        if not self._inbox:
+            self.loop.call_soon(self._deliver)
+        self._inbox.append(call)
+
+    def _deliver(self) -> None:
+        calls = [call for call in self._inbox if not call.ended]
+        self._inbox = []
+        self._handler(calls)
+
+    def _flush(self) -> None:
+        # Cleared first: an end that is queued from here on makes a wake-up of its own.
+        self._wake_is_due = False
+        outbox = self._outbox
+        while outbox:
+            call, status, payload = outbox.popleft()
+            if self._has_ended(call, status.code):
+                continue
+            call.future.set_result((status, payload))
+
+    def _client_left(self, call: GrpcioCall) -> None:
+        out_of_time = time.monotonic_ns() >= call.deadline_ns
+        on_cancel = call.on_cancel
+        if (
+            not self._has_ended(call, Code.DEADLINE_EXCEEDED if out_of_time else Code.CANCELLED)
+            and on_cancel is not None
+        ):
+            on_cancel()
+
+    def _has_ended(self, call: GrpcioCall, code: Code) -> bool:
+        """Mark the end of a call and count it; True when another end came first."""
+        if call.ended:
+            return True
+        call.ended = True
+        call.on_cancel = None  # it leads back to the call: without it, memory is freed at once and not by the collector
+        self._outcomes[call.method, code] += 1
+        return False
