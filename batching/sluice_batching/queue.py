@@ -233,7 +233,6 @@ class Queue(Generic[R]):
         """Accept nothing more, and wait for no delay: takes hand out what is left."""
         self._draining = True
         self._waits = False
-        self._ready.clear()
 
     def next_wakeup_ns(self) -> int | None:
         """From when on `take` returns something if nothing more comes; in the past = at once, None = nothing waits."""

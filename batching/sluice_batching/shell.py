@@ -103,7 +103,8 @@ class BatchQueue(Generic[R]):
         return len(self._queue)
 
     def __repr__(self) -> str:
-        return f"<BatchQueue: {self._idle_takers} idle takers, {self._queue!r}>"
+        woken = ", one being woken" if self._wake_up_under_way else ""
+        return f"<BatchQueue: {self._idle_takers} idle takers{woken}, {self._queue!r}>"
 
     def offer(self, request: R) -> None:
         """Let a request wait; raises Draining, DeadlineExpired, RequestTooLarge or QueueFull, see `Queue.try_offer`."""
@@ -171,8 +172,8 @@ class BatchQueue(Generic[R]):
     def watch_deadlines(self, on_earlier_deadline: Callable[[int], None] | None) -> None:
         """Have each deadline that is earlier than `watched_deadline_ns` reported to the callback; None ends it.
 
-        The callback is called by the thread that offers, with no lock held. `watched_deadline_ns` is then that deadline, until
-        `expire` has been called and sets it to the earliest one that still waits.
+        The thread that offers calls it, with no lock held. `watched_deadline_ns` is then that deadline, until `expire`
+        has been called and sets it to the earliest one that still waits.
         """
         with self._lock:
             self._on_earlier_deadline = on_earlier_deadline

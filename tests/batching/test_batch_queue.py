@@ -1,0 +1,330 @@
+"""The queue that threads share: who is woken, who is not, and that every request leaves exactly once."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import chain
+
+import pytest
+from sluice_batching import (
+    NO_DEADLINE,
+    BatchQueue,
+    DeadlineExpired,
+    Draining,
+    QueueFull,
+    QueuePolicy,
+    Request,
+    Taken,
+)
+
+MS = 1_000_000
+HOUR_NS = 3600 * 1000 * MS
+PATIENCE_S = 30.0
+"""How long a test waits for what must come: long enough for any machine, and never waited out by a test that passes."""
+
+
+class ManualClock:
+    """A clock that stands still, and counts who reads it.
+
+    A taker reads it with the queue's lock held, right before it waits. Whoever has seen the reading and then gets the
+    lock knows that the taker waits.
+    """
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self._changed = threading.Condition()
+        self._readings: Counter[str] = Counter()
+
+    def __call__(self) -> int:
+        with self._changed:
+            self._readings[threading.current_thread().name] += 1
+            self._changed.notify_all()
+            return self.now_ns
+
+    def readings(self, name: str) -> int:
+        with self._changed:
+            return self._readings[name]
+
+    def wait_for_reading(self, name: str, count: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._readings[name] >= count, PATIENCE_S)
+
+
+class Taker(threading.Thread):
+    """A thread that takes once and keeps what it got."""
+
+    def __init__(self, queue: BatchQueue[Request], name: str = "taker", timeout_ns: int | None = None) -> None:
+        super().__init__(name=name, daemon=True)
+        self._queue = queue
+        self._timeout_ns = timeout_ns
+        self._result: Taken[Request] | None = None
+        self.start()
+
+    def run(self) -> None:
+        self._result = self._queue.take(self._timeout_ns)
+
+    def result(self) -> Taken[Request] | None:
+        self.join(PATIENCE_S)
+        assert not self.is_alive()
+        return self._result
+
+
+def request(key: str = "a", *, deadline_ns: int = NO_DEADLINE) -> Request:
+    return Request(1, 10, key, deadline_ns)
+
+
+def batch_queue(
+    clock: Callable[[], int] = time.monotonic_ns, *, max_batch_rows: int = 4, delay_ns: int = 0
+) -> BatchQueue[Request]:
+    return BatchQueue(QueuePolicy(max_batch_rows=max_batch_rows, batching=True, max_delay_ns=delay_ns), clock)
+
+
+def test_what_was_offered_is_taken_with_the_time_of_its_enqueueing() -> None:
+    clock = ManualClock()
+    clock.now_ns = 7
+    queue = batch_queue(clock)
+    first, second = request(), request()
+    queue.offer(first)
+    queue.offer(second)
+    assert (len(queue), queue.rows, queue.size_bytes) == (2, 2, 20)
+    assert repr(queue) == "<BatchQueue: 0 idle takers, <Queue: 2 requests, 2 rows, 20 bytes, 1 groups>>"
+    assert queue.take() == ([first, second], [])
+    assert first.enqueued_ns == 7
+
+
+def test_refusals_are_raised_by_offer_and_returned_one_by_one_by_offer_many() -> None:
+    clock = ManualClock()
+    clock.now_ns = 5
+    queue: BatchQueue[Request] = BatchQueue(QueuePolicy(max_queue_rows=2), clock)
+    with pytest.raises(DeadlineExpired):
+        queue.offer(request(deadline_ns=5))
+    errors = queue.offer_many([request(), request(deadline_ns=4), request(), request()])
+    assert [type(error) for error in errors] == [type(None), DeadlineExpired, type(None), QueueFull]
+    assert len(queue) == 2
+    assert queue.policy.max_queue_rows == 2
+
+
+def test_a_waiting_taker_is_woken_by_an_offer() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    taker = Taker(queue)
+    clock.wait_for_reading("taker", 1)
+    offered = request()
+    queue.offer(offered)
+    assert taker.result() == ([offered], [])
+
+
+def test_two_waiting_takers_each_get_a_batch_of_one_list() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    takers = [Taker(queue, "one"), Taker(queue, "two")]
+    clock.wait_for_reading("one", 1)
+    clock.wait_for_reading("two", 1)
+    a, b = request("a"), request("b")
+    assert queue.offer_many([a, b]) == [None, None]
+    batches = [taken.batch for taker in takers if (taken := taker.result())]
+    assert sorted(batches, key=lambda batch: str(batch[0].key)) == [[a], [b]]
+
+
+def test_a_request_that_is_not_due_wakes_only_the_taker_that_sets_its_alarm() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock, max_batch_rows=3, delay_ns=HOUR_NS)
+    taker = Taker(queue)
+    clock.wait_for_reading("taker", 1)
+    first, second, third = request(), request(), request()
+    queue.offer(first)
+    clock.wait_for_reading("taker", 2)
+    queue.offer(second)
+    assert repr(queue) == "<BatchQueue: 1 idle takers, <Queue: 2 requests, 2 rows, 20 bytes, 1 groups>>"
+    queue.offer(third)
+    assert taker.result() == ([first, second, third], [])
+    # Once when it came, once to set the alarm, once for the full batch; none for the second request.
+    assert clock.readings("taker") == 3
+
+
+def test_a_delayed_batch_goes_by_itself_when_the_delay_is_over() -> None:
+    queue = batch_queue(delay_ns=20 * MS)
+    offered = request()
+    queue.offer(offered)
+    assert queue.take() == ([offered], [])
+    assert time.monotonic_ns() - offered.enqueued_ns >= 20 * MS
+
+
+def test_a_taker_that_waits_for_a_delay_notices_an_earlier_deadline() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock, delay_ns=HOUR_NS)
+    taker = Taker(queue)
+    clock.wait_for_reading("taker", 1)
+    queue.offer(request())
+    clock.wait_for_reading("taker", 2)
+    hasty = request(deadline_ns=1 * MS)
+    queue.offer(hasty)
+    clock.wait_for_reading("taker", 3)
+    clock.now_ns = 1 * MS
+    assert taker.result() == ([], [hasty])
+
+
+def test_the_expired_are_handed_to_the_taker_together_with_the_batch() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    expired, alive = request(deadline_ns=5), request()
+    queue.offer_many([expired, alive])
+    clock.now_ns = 5
+    assert queue.take() == ([alive], [expired])
+
+
+def test_a_take_with_a_timeout_returns_two_empty_lists_when_it_is_over() -> None:
+    queue = batch_queue()
+    start_ns = time.monotonic_ns()
+    assert queue.take(timeout_ns=5 * MS) == ([], [])
+    assert time.monotonic_ns() - start_ns >= 5 * MS
+    assert queue.take(timeout_ns=0) == ([], [])
+
+
+def test_a_taker_that_gives_up_leaves_the_watch_to_the_others() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock, max_batch_rows=2, delay_ns=HOUR_NS)
+    stays = Taker(queue, "stays")
+    clock.wait_for_reading("stays", 1)
+    gives_up = Taker(queue, "gives up", timeout_ns=5 * MS)
+    clock.wait_for_reading("gives up", 1)
+    first, second = request(), request()
+    queue.offer(first)
+    clock.now_ns = 5 * MS
+    assert gives_up.result() == ([], [])
+    clock.wait_for_reading("stays", 2)
+    queue.offer(second)
+    assert stays.result() == ([first, second], [])
+    assert clock.readings("stays") == 3
+
+
+def test_draining_hands_out_the_rest_and_then_tells_every_taker_to_end() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock, delay_ns=HOUR_NS)
+    last = request()
+    queue.offer(last)
+    takers = [Taker(queue, "one"), Taker(queue, "two")]
+    clock.wait_for_reading("one", 1)
+    clock.wait_for_reading("two", 1)
+    queue.drain()
+    assert queue.draining
+    results = [taker.result() for taker in takers]
+    assert sorted(results, key=lambda taken: taken is None) == [([last], []), None]
+    assert queue.take() is None
+    with pytest.raises(Draining):
+        queue.offer(request())
+
+
+def test_a_cancelled_request_does_not_run() -> None:
+    queue = batch_queue()
+    gone, kept = request(), request()
+    queue.offer_many([gone, kept])
+    assert queue.cancel(gone)
+    assert not queue.cancel(gone)
+    assert queue.take() == ([kept], [])
+
+
+def test_a_callers_bug_in_a_list_does_not_strand_the_requests_before_it() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    taker = Taker(queue)
+    clock.wait_for_reading("taker", 1)
+    good = request()
+    with pytest.raises(ValueError, match="1 to 4 rows"):
+        queue.offer_many([good, Request(5, 10, "a")])
+    assert taker.result() == ([good], [])
+
+
+@pytest.mark.parametrize("way_out", ["take", "cancel", "expire"])
+def test_waiting_for_empty_ends_when_the_last_request_leaves(way_out: str) -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    assert queue.wait_empty(0)
+    last = request(deadline_ns=5)
+    queue.offer(last)
+    assert not queue.wait_empty(0.001)
+    outcome: list[bool] = []
+    waiter = threading.Thread(target=lambda: outcome.append(queue.wait_empty()), daemon=True)
+    waiter.start()
+    if way_out == "take":
+        assert queue.take() == ([last], [])
+    elif way_out == "cancel":
+        assert queue.cancel(last)
+    else:
+        clock.now_ns = 5
+        assert queue.expire() == [last]
+    waiter.join(PATIENCE_S)
+    assert outcome == [True]
+
+
+def test_only_deadlines_earlier_than_the_watched_one_are_reported_and_with_no_lock_held() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    reported: list[tuple[int, list[Request]]] = []
+    queue.offer(request(deadline_ns=100))
+    queue.watch_deadlines(lambda deadline_ns: reported.append((deadline_ns, queue.expire())))
+    assert queue.watched_deadline_ns == 100
+    queue.offer_many([request(deadline_ns=100), request(), request(deadline_ns=120)])
+    assert reported == []
+    queue.offer_many([request(deadline_ns=90), request(deadline_ns=80)])
+    assert reported == [(80, [])]
+    queue.watch_deadlines(None)
+    queue.offer(request(deadline_ns=10))
+    queue.expire()
+    assert reported == [(80, [])]
+    assert queue.watched_deadline_ns < 0
+
+
+def test_expiring_sets_the_watched_deadline_to_the_earliest_that_still_waits() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    queue.watch_deadlines(lambda _: None)
+    assert queue.watched_deadline_ns == NO_DEADLINE
+    early, late = request(deadline_ns=10), request(deadline_ns=20)
+    queue.offer_many([late, early])
+    assert queue.watched_deadline_ns == 10
+    clock.now_ns = 10
+    assert queue.expire() == [early]
+    assert queue.watched_deadline_ns == 20
+    assert queue.cancel(late)
+    assert queue.expire() == []
+    assert queue.watched_deadline_ns == NO_DEADLINE
+
+
+@pytest.mark.parametrize("delay_ns", [0, 1 * MS])
+def test_many_threads_offer_take_and_cancel_and_every_request_leaves_exactly_once(delay_ns: int) -> None:
+    queue = batch_queue(max_batch_rows=8, delay_ns=delay_ns)
+    start = threading.Barrier(7)
+    left: list[list[int]] = [[] for _ in range(7)]
+    accepted: list[Request] = []
+
+    def take(mine: list[int]) -> None:
+        start.wait(PATIENCE_S)
+        while (taken := queue.take()) is not None:
+            assert len({each.key for each in taken.batch}) <= 1
+            assert len(taken.batch) <= 8
+            mine.extend(map(id, taken.batch + taken.expired))
+
+    def offer(mine: list[int], name: str) -> None:
+        start.wait(PATIENCE_S)
+        for i in range(200):
+            life_ns = NO_DEADLINE if i % 3 else time.monotonic_ns() + i * 10_000
+            group = [request(name), request("b"), request("c", deadline_ns=life_ns)]
+            errors = queue.offer_many(group)
+            accepted.extend(each for each, error in zip(group, errors, strict=True) if error is None)
+            if i % 5 == 0 and queue.cancel(group[1]):
+                mine.append(id(group[1]))
+
+    takers = [threading.Thread(target=take, args=(left[i],), daemon=True) for i in range(4)]
+    offerers = [threading.Thread(target=offer, args=(left[i], "abc"[i - 4]), daemon=True) for i in range(4, 7)]
+    for thread in takers + offerers:
+        thread.start()
+    for thread in offerers:
+        thread.join(PATIENCE_S)
+    queue.drain()
+    assert queue.wait_empty(PATIENCE_S)
+    for thread in takers:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert sorted(chain.from_iterable(left)) == sorted(map(id, accepted))
