@@ -184,7 +184,9 @@ class Session:
         self._native.run_with_iobinding(binding, self._run_options)
         binding.synchronize_outputs()
         del held
-        return [_fetch(value) for value in binding.get_outputs()]
+        values = binding.get_outputs()
+        # By index, as the binding's own iterator costs 30 us to end.
+        return [_fetch(values[place]) for place in range(len(values))]
 
 
 _CPU_DEVICE = native.OrtDevice(native.OrtDevice.cpu(), native.OrtDevice.default_memory(), 0)
