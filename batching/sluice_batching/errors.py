@@ -20,7 +20,7 @@ class BatchingError(Exception):
     """A queue refused a request."""
 
 
-class QueueFull(BatchingError):  # noqa: N818  (named after what is the matter)
+class QueueFull(BatchingError):
     """The request would take the queue over a bound.
 
     `what` is the bound ("rows" or "bytes"), `limit` its value, `waiting` how much of it is taken, `requested` how much
@@ -35,7 +35,7 @@ class QueueFull(BatchingError):  # noqa: N818  (named after what is the matter)
         self.requested = requested
 
 
-class RequestTooLarge(BatchingError):  # noqa: N818  (named after what is the matter)
+class RequestTooLarge(BatchingError):
     """The request is over a bound even when nothing else waits, so trying again cannot help.
 
     `what` is the bound ("rows" or "bytes"), `limit` its value, `requested` how much the request needs.
@@ -48,7 +48,7 @@ class RequestTooLarge(BatchingError):  # noqa: N818  (named after what is the ma
         self.requested = requested
 
 
-class DeadlineExpired(BatchingError):  # noqa: N818  (named after what is the matter)
+class DeadlineExpired(BatchingError):
     """The request came when its deadline had passed: `deadline_ns` was not after `now_ns`, on the queue's clock."""
 
     def __init__(self, deadline_ns: int, now_ns: int) -> None:
@@ -59,7 +59,7 @@ class DeadlineExpired(BatchingError):  # noqa: N818  (named after what is the ma
         self.now_ns = now_ns
 
 
-class Draining(BatchingError):  # noqa: N818  (named after what is the matter)
+class Draining(BatchingError):
     """The queue is draining and accepts no more requests."""
 
     def __init__(self) -> None:
