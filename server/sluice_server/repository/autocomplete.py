@@ -65,7 +65,7 @@ def normalize(
         if not filled.optimization.HasField(field):
             getattr(filled.optimization, field).enable = True
     _fill_preferred_batch_size(filled)
-    if not (auto_complete and needs_tensors(filled)):
+    if filled.max_batch_size or not (auto_complete and needs_tensors(filled)):  # else the batch size is still open
         check_config(filled, name)
     return filled
 

@@ -1,0 +1,73 @@
+"""What `sluice check` says of a model, sentence by sentence."""
+
+from sluice_server.graph import GraphSignature, TensorSpec
+from sluice_server.repository.autocomplete import complete
+from sluice_server.repository.config import parse_text
+from sluice_server.repository.describe import explain
+
+MLP = GraphSignature((TensorSpec("X", "FP32", (-1, 64)),), (TensorSpec("p", "FP32", (-1, 10)),))
+
+
+def lines(text: str | None, signature: GraphSignature) -> list[str]:
+    written = None if text is None else parse_text(text, "")
+    return explain(written, complete(written, signature, name="m"), signature)
+
+
+def test_a_model_without_config_is_explained_from_its_file() -> None:
+    assert lines(None, MLP) == [
+        "no config.pbtxt: everything comes from the model file and the defaults",
+        "batchable: dimension 0 of every tensor is open; max_batch_size 4 set by auto-complete",
+        "dynamic_batching: added by auto-complete; preferred batch sizes 4; queue delay at most 0 us",
+        "input 'X': FP32 [64], filled in from the model file; the model file says [-1,64]",
+        "output 'p': FP32 [10], filled in from the model file; the model file says [-1,10]",
+        "version_policy: the latest 1, the default",
+        "instance_group 'm': 2 of KIND_CPU, the default",
+    ]
+
+
+def test_a_model_that_cannot_batch_is_told_with_the_tensor_that_keeps_it_from_it() -> None:
+    fixed = GraphSignature((TensorSpec("X", "FP32", (-1, 4)),), (TensorSpec("label", "INT64", (1,)),))
+    assert lines(None, fixed)[1:3] == [
+        "not batchable: dimension 0 of output 'label' is fixed at 1 (shape [1])",
+        "dynamic_batching: none, each request is its own execution",
+    ]
+    scalar = GraphSignature((TensorSpec("rate", "INT64", ()),), fixed.outputs)
+    assert lines(None, scalar)[1] == "not batchable: input 'rate' is a scalar"
+
+
+def test_what_was_written_is_told_from_what_was_added() -> None:
+    signature = GraphSignature(
+        (TensorSpec("X", "FP32", (-1, -1)), TensorSpec("w", "FP32", (3,), optional=True)),
+        (TensorSpec("p", "FP32", (-1, 10)), TensorSpec("q", "BYTES", (-1,))),
+    )
+    text = """
+        max_batch_size: 8
+        input { name: "X" data_type: TYPE_FP32 dims: 64 }
+        output { name: "p" data_type: TYPE_FP32 dims: 10 }
+        dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 }
+        version_policy { specific { versions: [ 1, 3 ] } }
+        instance_group { count: 1 }
+    """
+    assert lines(text, signature) == [
+        "batchable: dimension 0 of every tensor is open; max_batch_size 8 from the configuration",
+        "dynamic_batching: from the configuration; preferred batch sizes 4, 8; queue delay at most 100 us",
+        "input 'X': FP32 [64], from the configuration; the model file says [-1,-1]",
+        "input 'w': FP32 [3] is not listed and keeps its value from the model file",
+        "output 'p': FP32 [10], from the configuration; the model file says [-1,10]",
+        "output 'q': BYTES [-1] is not listed and is not served",
+        "version_policy: versions 1, 3, from the configuration",
+        "instance_group 'm_0': 1 of KIND_CPU, from the configuration",
+    ]
+
+
+def test_a_batchable_model_that_is_configured_not_to_batch_is_told() -> None:
+    text = """
+        input { name: "X" data_type: TYPE_FP32 dims: [ -1, 64 ] }
+        output { name: "p" data_type: TYPE_FP32 dims: [ -1, 10 ] }
+        version_policy { all {} }
+    """
+    said = lines(text, MLP)
+    assert said[0] == "batchable, but max_batch_size is 0: requests carry whole shapes and are never merged"
+    assert said[1] == "dynamic_batching: none, each request is its own execution"
+    assert said[-2] == "version_policy: all versions, from the configuration"
+    assert lines(text + "dynamic_batching {}", MLP)[1] == "dynamic_batching: without effect, as max_batch_size is 0"
