@@ -326,11 +326,6 @@ NOTE = "(an initial batch dimension because max_batch_size > 0 followed by the e
             " but the model file has no value for it",
         ),
         (
-            'instance_group { name: "G_0" kind: KIND_GPU }',
-            BATCHING,
-            "instance group G_0 of model m has kind KIND_GPU but no GPUs are available",
-        ),
-        (
             "",
             GraphSignature((TensorSpec("X", "FLOAT8E5M2", (-1, 2)),), (TensorSpec("p", "FP32", (-1, 2)),)),
             "unable to load model 'm', tensor 'X' has datatype FLOAT8E5M2, which the protocol does not have",

@@ -19,7 +19,6 @@ from sluice_server.repository.validate import (
     Tensor,
     check_batch_size,
     check_config,
-    check_devices,
     check_filenames,
     check_graph,
     check_identity,
@@ -95,7 +94,6 @@ def complete(
                     if not spec.optional:
                         _fill_tensor(tensors.add(), spec, batch_dims, name)
         check_config(filled, name)
-    check_devices(filled, gpu_available=gpu_available)
     check_graph(filled, signature)
     return filled
 

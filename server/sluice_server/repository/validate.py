@@ -81,16 +81,6 @@ def check_filenames(config: ModelConfig, model: str) -> None:
             raise _config_error(model, field, f"'{filename}' {problem}")
 
 
-def check_devices(config: ModelConfig, *, gpu_available: bool) -> None:
-    """Raise ModelLoadError for an instance group on a GPU where there is none."""
-    for group in config.instance_group:
-        if group.kind == ModelInstanceGroup.KIND_GPU and not gpu_available:
-            raise ModelLoadError(
-                f"instance group {group.name} of model {config.name} has kind KIND_GPU but no GPUs are available",
-                model=config.name,
-            )
-
-
 def check_graph(config: ModelConfig, signature: GraphSignature) -> None:
     """Check a complete configuration against the model file; raises ModelLoadError on the first thing that differs."""
     inputs = {spec.name: spec for spec in signature.inputs}
@@ -122,7 +112,8 @@ def unit_tensors(config: ModelConfig, signature: GraphSignature) -> frozenset[st
     """Name the inputs and outputs that clients see with a last dimension of 1 which the graph's tensor lacks.
 
     A configuration cannot write a tensor without dims, so a scalar (a vector, when the model batches) is listed as
-    [1]. Inputs lose that dimension before the run, outputs gain it after.
+    [1]. Inputs lose that dimension before the run, outputs gain it after, if they do come out without it: a signature
+    shows a tensor of unknown rank as a scalar too.
     """
     ranks = {spec.name: len(spec.shape) for spec in (*signature.inputs, *signature.outputs)}
     batch = 1 if config.max_batch_size else 0
