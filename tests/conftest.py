@@ -1,0 +1,55 @@
+"""Fixtures of all tests: the transports, one after the other, and servers that are stopped at the end of a test."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+from support.server import TRANSPORTS, RunningServer, running, server_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from typing import Any
+
+    StartServer = Callable[..., RunningServer]
+
+
+@pytest.fixture(params=TRANSPORTS, scope="session")
+def transport(request: pytest.FixtureRequest) -> str:
+    """Every transport by name: a test that asks for it, or for a server, runs once on each."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def start_server(transport: str) -> Iterator[StartServer]:
+    """Start servers: `start_server(repository, ..., models={...}, **fields of ServerSettings)`."""
+    with ExitStack() as stack:
+
+        def start(*repositories: Path, environ: dict[str, str] | None = None, **changes: Any) -> RunningServer:
+            return stack.enter_context(running(server_settings(*repositories, **changes), transport, environ))
+
+        yield start
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """An empty model repository."""
+    path = tmp_path / "models"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail the test when anything was logged at level ERROR or with a stack trace."""
+    yield
+    bad = [
+        record.getMessage()
+        for record in caplog.get_records("call")
+        if record.levelno >= logging.ERROR or record.exc_info is not None
+    ]
+    assert not bad, bad

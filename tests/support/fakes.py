@@ -1,0 +1,137 @@
+"""Fakes that are passed in: a call that records its end, and a session that holds every run until it may go on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+from sluice_batching import NO_DEADLINE
+from sluice_server.status import OK, Status
+from sluice_server.transport.call import Call
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sluice_server.execution.instance import Runnable
+    from sluice_server.execution.model import ServedModel
+    from sluice_server.transport.call import Metadata
+    from typing_extensions import Buffer
+
+PATIENCE_S = 20.0
+"""Longer than anything here takes on a loaded machine; past it the test has failed."""
+
+POLL_S = 0.001
+
+
+class RecordingCall(Call):
+    """A call without a transport: every end that it is given, in order. The first one releases `wait`."""
+
+    __slots__ = ("_ended", "_metadata", "_peer", "ends")
+
+    def __init__(
+        self,
+        message: bytes = b"",
+        method: str = "ModelInfer",
+        *,
+        deadline_ns: int = NO_DEADLINE,
+        metadata: Metadata = (),
+        peer: str = "ipv4:127.0.0.1:1",
+    ) -> None:
+        self.method = method
+        self.message = message
+        self.received_ns = time.monotonic_ns()
+        self.deadline_ns = deadline_ns
+        self.on_cancel: Callable[[], None] | None = None
+        self.ends: list[tuple[Status, bytes]] = []
+        self._ended = threading.Event()
+        self._metadata = metadata
+        self._peer = peer
+
+    def __repr__(self) -> str:
+        return f"<RecordingCall {self.method} {[str(status.code) for status, _ in self.ends]}>"
+
+    @property
+    def metadata(self) -> Metadata:
+        return self._metadata
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    def reply(self, parts: Sequence[Buffer]) -> None:
+        self._end(OK, b"".join(parts))
+
+    def fail(self, status: Status) -> None:
+        self._end(status, b"")
+
+    def _end(self, status: Status, payload: bytes) -> None:
+        self.ends.append((status, payload))
+        self._ended.set()
+
+    def wait(self) -> tuple[Status, bytes]:
+        """The first end; AssertionError when none comes."""
+        assert self._ended.wait(PATIENCE_S), "the call was not ended"
+        return self.ends[0]
+
+
+class HeldSession:
+    """A session that holds every run until `release`; `runs` are the feeds of all runs that have begun, in order."""
+
+    def __init__(self, session: Runnable) -> None:
+        self._session = session
+        self._changed = threading.Condition()
+        self._released = False
+        self.runs: list[dict[str, np.ndarray]] = []
+
+    def run(self, output_names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        with self._changed:
+            self.runs.append(feeds)
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._released, PATIENCE_S), "the run was not released"
+        return self._session.run(output_names, feeds)
+
+    def wait_for_runs(self, count: int) -> None:
+        """Wait until `count` runs have begun since the start."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.runs) >= count, PATIENCE_S), f"{len(self.runs)} runs began"
+
+    def release(self) -> None:
+        """Let all held runs, and all later ones, go on."""
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
+
+
+class EchoSession:
+    """A session without ONNX Runtime: every output is a copy of the only input."""
+
+    def run(self, output_names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        (array,) = feeds.values()
+        return [array.copy() for _ in output_names]
+
+
+@contextmanager
+def held(model: ServedModel) -> Iterator[HeldSession]:
+    """Hold every run of a served model from now on; all of its instances share the session. Released at the end."""
+    instances = model._instances
+    originals = [instance._session for instance in instances]
+    session = HeldSession(originals[0])
+    for instance in instances:
+        instance._session = session
+    try:
+        yield session
+    finally:
+        session.release()
+        for instance, original in zip(instances, originals, strict=True):
+            instance._session = original
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a state that nothing announces; AssertionError, which says `what`, when it does not come."""
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until, f"did not happen: {what}"
+        threading.Event().wait(POLL_S)
