@@ -22,6 +22,7 @@ from sluice_batching import NO_DEADLINE
 from sluice_server.status import OK, Code, Status
 from sluice_server.transport.call import Call, ListenError
 from sluice_server.transport.health import HealthService
+from sluice_server.transport.message import fit_message
 from sluice_server.transport.reflection import add_reflection
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class GrpcioTransport:
                 self._client_left(call)
                 raise
             if status.code is not Code.OK:
-                await context.abort(_CODES[status.code], status.message)
+                await context.abort(_CODES[status.code], fit_message(status.message))
             return payload
 
         return behave
@@ -269,7 +270,8 @@ class GrpcioTransport:
         outbox = self._outbox
         while outbox:
             call, status, payload = outbox.popleft()
-            if self._has_ended(call, status.code):
+            # A future that is cancelled already is a client that has left; `_client_left` comes later in this turn.
+            if call.future.cancelled() or self._has_ended(call, status.code):
                 continue
             call.future.set_result((status, payload))
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from sluice_server.transport.message import fit_message
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -44,7 +46,8 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """Answer with the status of one name; NOT_FOUND for a name that was never set (health.proto)."""
         status = self._statuses.get(request.service)
         if status is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service or model {request.service!r} here")
+            message = fit_message(f"no service or model '{request.service}' here")
+            await context.abort(grpc.StatusCode.NOT_FOUND, message)
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: Any, _context: Any) -> AsyncIterator[health_pb2.HealthCheckResponse]:  # noqa: N802

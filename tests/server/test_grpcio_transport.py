@@ -1,0 +1,161 @@
+"""Whether the grpcio transport ends each call exactly once when ends and leaving clients cross."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from sluice_server.status import Code, Status
+from sluice_server.transport.grpcio import SERVICE, GrpcioOptions, GrpcioTransport
+from support.fakes import PATIENCE_S, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sluice_server.transport.call import Call
+
+
+class Handler:
+    """Keeps the calls that come; the test ends them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.calls: list[Call] = []
+
+    def __call__(self, calls: Sequence[Call]) -> None:
+        with self._changed:
+            self.calls += calls
+            self._changed.notify_all()
+
+    def wait_for(self, count: int) -> list[Call]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.calls) >= count, PATIENCE_S)
+            return sorted(self.calls, key=lambda call: call.message)
+
+
+@contextmanager
+def serving(handler: Handler) -> Iterator[tuple[GrpcioTransport, grpc.Channel]]:
+    transport = GrpcioTransport(handler, {"Ask": False}, GrpcioOptions("127.0.0.1:0"))
+    transport.start()
+    with grpc.insecure_channel(transport.endpoints[0]) as channel:
+        yield transport, channel
+    transport.stop(1.0)
+
+
+def ask(channel: grpc.Channel, message: bytes, timeout_s: float | None = PATIENCE_S) -> grpc.Future:
+    return channel.unary_unary(f"/{SERVICE}/Ask").future(message, timeout=timeout_s)
+
+
+def test_an_end_that_crosses_a_cancellation_leaves_the_other_ends_of_its_wakeup_alone(no_errors_logged):
+    handler = Handler()
+    with serving(handler) as (transport, channel):
+        futures = [ask(channel, message) for message in (b"0", b"1")]
+        leaving, staying = handler.wait_for(2)
+
+        def cross() -> None:
+            # What the cancellation of a call's task does first; the task itself hears of it later in this turn.
+            leaving.future.cancel()
+            leaving.reply([b"too late"])
+            staying.reply([b"in ", b"time"])
+            transport._flush()
+
+        transport.loop.call_soon_threadsafe(cross)
+        assert futures[1].result() == b"in time"
+        eventually(lambda: sum(transport.outcomes().values()) == 2, "both calls are counted")
+        assert transport.outcomes() == {("Ask", Code.CANCELLED): 1, ("Ask", Code.OK): 1}
+
+
+def test_the_first_end_of_a_call_counts(no_errors_logged):
+    handler = Handler()
+    with serving(handler) as (transport, channel):
+        future = ask(channel, b"0")
+        (call,) = handler.wait_for(1)
+        call.reply([b"first"])
+        call.fail(Status(Code.INTERNAL, "second"))
+        assert future.result() == b"first"
+        assert transport.outcomes() == {("Ask", Code.OK): 1}
+
+
+@pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK])
+def test_every_code_and_any_message_reaches_the_client(code, no_errors_logged):
+    handler = Handler()
+    with serving(handler) as (transport, channel):
+        future = ask(channel, b"0")
+        message = "100 % of\nit, \N{KATAKANA LETTER TU} and NUL \0 too"
+        handler.wait_for(1)[0].fail(Status(code, message))
+        error = future.exception()
+        assert (error.code().value[0], error.details()) == (code, message)
+        assert transport.outcomes() == {("Ask", code): 1}
+
+
+def test_a_client_that_cancels_is_told_of_once_and_counted(no_errors_logged):
+    handler = Handler()
+    told = threading.Semaphore(0)
+    with serving(handler) as (transport, channel):
+        future = ask(channel, b"0")
+        (call,) = handler.wait_for(1)
+        call.on_cancel = told.release
+        future.cancel()
+        assert told.acquire(timeout=PATIENCE_S)
+        call.reply([b"too late"])
+        assert transport.outcomes() == {("Ask", Code.CANCELLED): 1}
+    assert not told.acquire(blocking=False)
+
+
+def test_a_deadline_that_passes_is_told_of_and_counted_as_such(no_errors_logged):
+    handler = Handler()
+    told = threading.Semaphore(0)
+    with serving(handler) as (transport, channel):
+        for number in range(1, 11):
+            future = ask(channel, b"0", timeout_s=0.02)
+            call = handler.wait_for(number)[-1]
+            assert 0 < call.deadline_ns - call.received_ns <= 21_000_000  # gRPC counts it in whole milliseconds
+            call.on_cancel = told.release
+            assert told.acquire(timeout=PATIENCE_S)
+            assert future.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert transport.outcomes() == {("Ask", Code.DEADLINE_EXCEEDED): 10}
+
+
+def test_a_call_without_a_deadline_has_none(no_errors_logged):
+    handler = Handler()
+    with serving(handler) as (_, channel):
+        future = ask(channel, b"0", timeout_s=None)
+        (call,) = handler.wait_for(1)
+        assert call.deadline_ns == 2**63 - 1
+        call.reply([])
+        assert future.result() == b""
+
+
+def test_a_large_message_goes_both_ways_and_compressed_ones_are_read(no_errors_logged):
+    handler = Handler()
+    message = bytes(range(256)) * 2**16
+    with serving(handler) as (transport, _):
+        for number, compression in enumerate((grpc.Compression.NoCompression, grpc.Compression.Gzip), 1):
+            with grpc.insecure_channel(transport.endpoints[0], [("grpc.max_receive_message_length", -1)]) as large:
+                method = large.unary_unary(f"/{SERVICE}/Ask")
+                future = method.future(message, timeout=PATIENCE_S, compression=compression)
+                call = handler.wait_for(number)[-1]
+                assert call.message == message
+                call.reply([message])
+                assert future.result() == message
+
+
+def test_calls_ended_from_many_threads_at_once_are_all_answered(no_errors_logged):
+    handler = Handler()
+    count = 200
+    with serving(handler) as (transport, channel):
+        futures = [ask(channel, b"%03d" % number) for number in range(count)]
+        calls = handler.wait_for(count)
+        threads = [
+            threading.Thread(target=lambda own: [call.reply([call.message]) for call in own], args=(calls[start::4],))
+            for start in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        assert [future.result() for future in futures] == [b"%03d" % number for number in range(count)]
+        for thread in threads:
+            thread.join()
+        assert transport.outcomes() == {("Ask", Code.OK): count}
