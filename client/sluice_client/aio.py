@@ -150,4 +150,10 @@ class AsyncClient(BaseClient):
             if self._channels.is_closed:
                 raise ClientClosed("the client was closed during the call") from None
             return failure(error.code(), error.details(), error.trailing_metadata())
+        except asyncio.CancelledError:
+            # grpc.aio cancels the calls of a channel that is closed; only a task that was cancelled may end so.
+            task = asyncio.current_task()
+            if self._channels.is_closed and task is not None and not task.cancelling():
+                raise ClientClosed("the client was closed during the call") from None
+            raise
         return answer

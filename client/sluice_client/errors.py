@@ -14,7 +14,6 @@
 All arguments are positional, so that the exceptions survive pickling between processes.
 """
 
-# ruff: noqa: N818  (a class is named after what went wrong)
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar, Final

@@ -1,0 +1,44 @@
+"""Both clients behind one blocking interface, so that one table of tests serves both."""
+
+import asyncio
+import inspect
+import threading
+from typing import Any
+
+from sluice_client import AsyncClient
+
+WAIT_S = 30  # only a broken test reaches it
+
+
+class Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(WAIT_S)
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+class Blocking:
+    """An AsyncClient whose methods block."""
+
+    def __init__(self, client: AsyncClient, loop: Loop) -> None:
+        self.client = client
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.client, name)
+        if not inspect.iscoroutinefunction(attribute):
+            return attribute
+        return lambda *args, **kwargs: self._loop.run(attribute(*args, **kwargs))
+
+    def __repr__(self) -> str:
+        return repr(self.client)
