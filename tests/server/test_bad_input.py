@@ -1,0 +1,442 @@
+"""Every refusal of an inference request: its code, its facts, and a server that goes on as if nothing had been.
+
+The cases are in the order of the checks. Each begins with a valid request and spoils it.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+import numpy as np
+import pytest
+from sluice_proto.grpc_service_pb2 import InferParameter, ModelInferRequest
+from sluice_server.observability.statistics import Outcome
+from support.requests import infer_request, parameter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+NOT_FOUND = grpc.StatusCode.NOT_FOUND
+UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
+INTERNAL = grpc.StatusCode.INTERNAL
+
+ID = "r7"
+PREFIX = f"[request id: {ID}] "
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    request: Callable[[], ModelInferRequest]
+    facts: tuple[str, ...]
+    code: grpc.StatusCode = INVALID
+    from_core: bool = False
+    """Whether the message begins with the request's id, as those of Triton's core do."""
+
+
+def simple(model: str = "simple", *, typed: bool = False, rows: int = 1) -> ModelInferRequest:
+    shape = (16,) if model == "flat" else (rows, 16)
+    ones = np.ones(shape, np.int32)
+    return infer_request(model, {"INPUT0": ones, "INPUT1": ones}, request_id=ID, typed=typed)
+
+
+def of_any(shape: tuple[int, ...], data: bytes = b"\0" * 16) -> Callable[[], ModelInferRequest]:
+    """A request to a model that takes every shape of two dimensions."""
+
+    def make() -> ModelInferRequest:
+        request = ModelInferRequest(model_name="any", id=ID, raw_input_contents=[data])
+        request.inputs.add(name="X", datatype="FP32", shape=shape)
+        return request
+
+    return make
+
+
+def spoiled(spoil: Callable[[ModelInferRequest], object], **how: object) -> Callable[[], ModelInferRequest]:
+    def make() -> ModelInferRequest:
+        request = simple(**how)
+        spoil(request)
+        return request
+
+    return make
+
+
+def with_parameter(key: str, value: InferParameter) -> Callable[[], ModelInferRequest]:
+    return spoiled(lambda request: request.parameters[key].CopyFrom(value))
+
+
+def text(*data: bytes) -> Callable[[], ModelInferRequest]:
+    """A request for one row of two BYTES elements with this raw data."""
+
+    def make() -> ModelInferRequest:
+        request = ModelInferRequest(model_name="text", id=ID, raw_input_contents=[b"".join(data)])
+        request.inputs.add(name="X", datatype="BYTES", shape=[1, 2])
+        return request
+
+    return make
+
+
+def element(data: bytes) -> bytes:
+    return struct.pack("<I", len(data)) + data
+
+
+def set_shape(*shape: int) -> Callable[[ModelInferRequest], None]:
+    def spoil(request: ModelInferRequest) -> None:
+        for tensor in request.inputs:
+            tensor.shape[:] = shape
+
+    return spoil
+
+
+def set_first(field: str, value: object) -> Callable[[ModelInferRequest], None]:
+    return lambda request: setattr(request.inputs[0], field, value)
+
+
+def bias(*names: str) -> Callable[[], ModelInferRequest]:
+    return lambda: infer_request("bias", {name: np.ones(2, np.float32) for name in names}, request_id=ID)
+
+
+def name_requests() -> list[Case]:
+    def version(text: str) -> Callable[[], ModelInferRequest]:
+        return spoiled(lambda request: setattr(request, "model_version", text))
+
+    return [
+        Case(
+            "an unknown model",
+            spoiled(lambda r: setattr(r, "model_name", "nope")),
+            ("Request for unknown model", "'nope' is not found"),
+            NOT_FOUND,
+        ),
+        Case("no model's name", ModelInferRequest, ("Request for unknown model", "'' is not found"), NOT_FOUND),
+        Case("a version that is not served", version("9"), ("'simple'", "version 9 is not found"), NOT_FOUND),
+        Case("version 0", version("0"), ("'simple'", "is not found"), NOT_FOUND),
+        Case("a version that is no number", version("abc"), ("version", "'abc'", "should be an integral value > 0")),
+        Case("a version with a fraction", version("1.0"), ("version", "'1.0'", "should be an integral value > 0")),
+        Case("a version with blanks", version(" 1"), ("version", "' 1'", "should be an integral value > 0")),
+        Case("a version in other digits", version("\uff11"), ("version", "should be an integral value > 0")),
+        Case("a negative version", version("-1"), ("invalid model version", "'-1'", "> 0")),
+        Case("a version beyond 64 bits", version("9" * 20), ("version", "should be an integral value > 0")),
+        Case("a version of 5000 digits", version("9" * 5000), ("version", "should be an integral value > 0")),
+    ]
+
+
+def parameter_requests() -> list[Case]:
+    wrong_kinds = [
+        ("sequence_id", parameter(True), "int64_param or string_param"),
+        ("sequence_start", parameter(1), "bool_param"),
+        ("sequence_end", parameter("true"), "bool_param"),
+        ("priority", parameter("1"), "int64_param or uint64_param"),
+        ("timeout", parameter("1000"), "int64_param"),
+        ("timeout", InferParameter(uint64_param=1000), "int64_param"),
+        ("timeout", InferParameter(), "int64_param"),
+        ("triton_enable_empty_final_response", parameter(1), "bool_param"),
+    ]
+    return [
+        *(
+            Case(
+                f"{key} as {value.WhichOneof('parameter_choice')}",
+                with_parameter(key, value),
+                (f"invalid value type for '{key}' parameter", f"expected {expected}"),
+            )
+            for key, value, expected in wrong_kinds
+        ),
+        Case("a negative priority", with_parameter("priority", parameter(-1)), ("'priority'", "value >= 0")),
+        Case("a negative timeout", with_parameter("timeout", parameter(-1)), ("'timeout'", ">= 0", "-1")),
+        Case(
+            "a reserved parameter that nobody knows",
+            with_parameter("triton_magic", parameter(True)),
+            ("triton_magic", "starting with 'triton_' are reserved", "triton_enable_empty_final_response"),
+        ),
+    ]
+
+
+def data_requests() -> list[Case]:
+    def add_contents(request: ModelInferRequest) -> None:
+        request.inputs[0].contents.int_contents.append(1)
+
+    def fill(field: str, values: list[object]) -> Callable[[ModelInferRequest], None]:
+        def spoil(request: ModelInferRequest) -> None:
+            request.inputs[0].contents.Clear()  # leaves it present and empty
+            getattr(request.inputs[0].contents, field).extend(values)
+
+        return spoil
+
+    def half() -> ModelInferRequest:
+        request = ModelInferRequest(model_name="half", id=ID)
+        tensor = request.inputs.add(name="X", datatype="FP16", shape=[1, 2])
+        tensor.contents.fp32_contents.extend([1, 2])
+        return request
+
+    where = ("'INPUT0'", "'simple'")
+    return [
+        Case("an input twice", spoiled(lambda r: r.inputs.append(r.inputs[1])),
+             ("input 'INPUT1' already exists in request",), from_core=True),
+        Case("contents beside raw data", spoiled(add_contents),
+             ("contents field must not be specified when using raw_input_contents", *where)),
+        Case("no data at all", spoiled(lambda r: r.ClearField("raw_input_contents")),
+             ("unable to find data for input tensor", *where)),
+        Case("too few raw tensors", spoiled(lambda r: r.raw_input_contents.pop()),
+             ("unable to find data for input tensor", "'INPUT1'", "'simple'")),
+        Case("contents of another type", spoiled(fill("int64_contents", [1] * 16), typed=True),
+             ("unexpected explicit tensor data", *where, "int64_contents", "INT32")),
+        Case("two kinds of contents", spoiled(lambda r: r.inputs[0].contents.fp32_contents.append(1), typed=True),
+             ("unexpected explicit tensor data", *where, "fp32_contents", "int_contents")),
+        Case("contents for a type that has none", half,
+             ("unexpected explicit tensor data", "'X'", "'half'", "fp32_contents", "FP16", "raw_input_contents")),
+        Case("too little contents", spoiled(lambda r: r.inputs[0].contents.int_contents.pop(), typed=True),
+             ("byte size mismatch", *where, "64", "60"), from_core=True),
+        Case("too much contents", spoiled(lambda r: r.inputs[0].contents.int_contents.append(1), typed=True),
+             ("byte size mismatch", *where, "64", "68"), from_core=True),
+        Case("contents without a value", spoiled(fill("int_contents", []), typed=True),
+             ("byte size mismatch", *where, "64", "0"), from_core=True),
+        Case("shared memory",
+             spoiled(lambda r: r.inputs[0].parameters["shared_memory_region"].CopyFrom(parameter("s"))),
+             ("shared memory", "'INPUT0'"), UNIMPLEMENTED),
+    ]  # fmt: skip
+
+
+def output_requests() -> list[Case]:
+    def ask(*names: str, **parameters: object) -> Callable[[], ModelInferRequest]:
+        def spoil(request: ModelInferRequest) -> None:
+            for name in names:
+                output = request.outputs.add(name=name)
+                for key, value in parameters.items():
+                    output.parameters[key].CopyFrom(parameter(value))
+
+        return spoiled(spoil)
+
+    return [
+        Case("an unknown output", ask("OUTPUT1", "NOPE"), ("unexpected inference output", "'NOPE'", "'simple'")),
+        Case("an output twice", ask("OUTPUT0", "OUTPUT0"), ("output 'OUTPUT0' already exists",), from_core=True),
+        Case("a classification", ask("OUTPUT0", classification=3), ("classification", "'OUTPUT0'"), UNIMPLEMENTED),
+        Case(
+            "an output in shared memory",
+            ask("OUTPUT0", shared_memory_region="region"),
+            ("shared memory", "'OUTPUT0'"),
+            UNIMPLEMENTED,
+        ),
+    ]
+
+
+def input_requests() -> list[Case]:
+    def third(request: ModelInferRequest) -> None:
+        request.inputs.add(name="INPUT2", datatype="INT32", shape=[1, 16])
+        request.raw_input_contents.append(b"\0" * 64)
+
+    return [
+        Case("too few inputs", spoiled(lambda r: r.inputs.pop()),
+             ("expected 2 inputs but got 1 inputs for model 'simple'", "['INPUT0']", "['INPUT1']"), from_core=True),
+        Case("no inputs", spoiled(lambda r: r.ClearField("inputs")),
+             ("expected 2 inputs but got 0", "['INPUT0', 'INPUT1']"), from_core=True),
+        Case("too many inputs", spoiled(third),
+             ("expected 2 inputs but got 3 inputs for model 'simple'", "INPUT2"), from_core=True),
+        Case("an unknown input", spoiled(set_first("name", "NOPE")),
+             ("unexpected inference input", "'NOPE'", "'simple'")),
+        Case("an input without a name", spoiled(set_first("name", "")),
+             ("unexpected inference input", "''", "'simple'")),
+        Case("only the optional input", bias("B"),
+             ("expected number of inputs between 1 and 2 but got 1", "'bias'", "['B']", "['X']"), from_core=True),
+        Case("no input where one is optional", bias(),
+             ("expected number of inputs between 1 and 2 but got 0 inputs for model 'bias'", "[]", "['X']"),
+             from_core=True),
+    ]  # fmt: skip
+
+
+def shape_requests() -> list[Case]:
+    def shape_of_first(*shape: int, **how: object) -> Callable[[], ModelInferRequest]:
+        return spoiled(lambda r: r.inputs[0].shape.__setitem__(slice(None), shape), **how)
+
+    return [
+        Case("no batch dimension", spoiled(set_shape()),
+             ("input 'INPUT0' has no shape but model requires batch dimension for 'simple'",), from_core=True),
+        Case("unequal batches", shape_of_first(2, 16), ("batch size does not match other inputs for 'simple'",),
+             from_core=True),
+        Case("a batch above the limit", lambda: simple(rows=9),
+             ("inference request batch-size must be <= 8 for 'simple'", "9"), from_core=True),
+        Case("a tensor without the batch dimension", spoiled(set_shape(16)),
+             ("batch-size must be <= 8 for 'simple'", "16"), from_core=True),
+        Case("a batch of none", spoiled(set_shape(0, 16)), ("batch-size must be >= 1 for 'simple'",), from_core=True),
+        Case("a negative batch", spoiled(set_shape(-1, 16)),
+             ("dimensions should be specified for input 'INPUT0' for model 'simple'", "[-1,16]"), from_core=True),
+        Case("another data type", spoiled(set_first("datatype", "FP32")),
+             ("'INPUT0' data-type is 'FP32', but model 'simple' expects 'INT32'",), from_core=True),
+        Case("an unknown data type", spoiled(set_first("datatype", "INT31")),
+             ("'INPUT0' data-type is", "but model 'simple' expects 'INT32'"), from_core=True),
+        Case("no data type", spoiled(set_first("datatype", "")),
+             ("'INPUT0' data-type is", "but model 'simple' expects 'INT32'"), from_core=True),
+        Case("a negative dimension", spoiled(set_shape(1, -1)),
+             ("dimensions should be specified for input 'INPUT0' for model 'simple'", "[1,-1]"), from_core=True),
+        Case("another dimension", shape_of_first(1, 8),
+             ("unexpected shape for input 'INPUT0' for model 'simple'", "[-1,16]", "[1,8]", "max_batch_size"),
+             from_core=True),
+        Case("a dimension too many", shape_of_first(1, 16, 1),
+             ("unexpected shape for input 'INPUT0' for model 'simple'", "[-1,16]", "[1,16,1]"), from_core=True),
+        Case("another shape without batches", shape_of_first(8, model="flat"),
+             ("unexpected shape for input 'INPUT0' for model 'flat'", "Expected [16], got [8]"), from_core=True),
+        Case("a scalar for a vector", shape_of_first(model="flat"),
+             ("unexpected shape for input 'INPUT0' for model 'flat'", "Expected [16], got []"), from_core=True),
+        Case("a thousand dimensions", shape_of_first(*[1] * 1000),
+             ("unexpected shape for input 'INPUT0' for model 'simple'", "Expected [-1,16]"), from_core=True),
+    ]  # fmt: skip
+
+
+def size_requests() -> list[Case]:
+    def raw(data: bytes) -> Callable[[], ModelInferRequest]:
+        return spoiled(lambda r: r.raw_input_contents.__setitem__(0, data))
+
+    where = ("input 'INPUT0'", "'simple'")
+    huge = 2**62
+    return [
+        Case("too few bytes", raw(b"\0" * 60), ("byte size mismatch", *where, "64", "60"), from_core=True),
+        Case("a byte too many", raw(b"\0" * 65), ("byte size mismatch", *where, "64", "65"), from_core=True),
+        Case("no bytes", raw(b""), ("byte size mismatch", *where, "64", "0"), from_core=True),
+        Case("a size beyond 64 bits", of_any((huge, huge)),
+             ("byte size mismatch", "'X'", "'any'", str(huge * huge * 4), "16"), from_core=True),
+        Case("a size that is 16 modulo 64 bits", of_any((2**62, 4)),
+             ("byte size mismatch", "'X'", "'any'", str(2**66), "16"), from_core=True),
+        Case("a size that is 0 modulo 64 bits", of_any((2**32, 2**32), b""),
+             ("byte size mismatch", "'X'", "'any'", str(2**66), "0"), from_core=True),
+        Case("a terabyte", of_any((2**20, 2**20)), ("byte size mismatch", "'X'", "'any'", str(2**42)), from_core=True),
+        Case("nothing of an impossible size", of_any((0, 2**63 - 1), b""), ("'X'", "'any'", "shape"), from_core=True),
+        Case("the largest negative", of_any((-(2**63), -(2**63))), ("[-92233", "'X'", "'any'"), from_core=True),
+        Case("two negatives that make a positive", of_any((-2, -2)), ("[-2,-2]", "'X'", "'any'"), from_core=True),
+        Case("a text too few", text(element(b"one")),
+             ("expected 2 string elements", "'X'", "'text'", "got 1"), from_core=True),
+        Case("a text too many", text(element(b"one") * 3),
+             ("unexpected number of string elements 3", "'X'", "'text'", "2"), from_core=True),
+        Case("no text", text(), ("expected 2 string elements", "'X'", "'text'", "got 0"), from_core=True),
+        Case("a text's length cut", text(element(b"one"), b"\1\0"),
+             ("incomplete string length indicator", "'X'", "'text'", "4 bytes", "2 available"), from_core=True),
+        Case("a text cut", text(element(b"one"), element(b"three")[:-3]),
+             ("incomplete string data", "'X'", "length 5", "2 bytes available")),
+        Case("a text of four gigabytes", text(element(b"one"), b"\xff\xff\xff\xff", b"no"),
+             ("incomplete string data", "'X'", "length 4294967295", "2 bytes available")),
+    ]  # fmt: skip
+
+
+def run_requests() -> list[Case]:
+    index = np.array([[99]], np.int64)
+    not_utf8 = np.array([[b"fine", b"\xff\xfe"]], object)
+    return [
+        Case(
+            "a value that fails the run",
+            lambda: infer_request("picky", {"INDEX": index}, request_id=ID),
+            ("onnx runtime error", "99"),
+            INTERNAL,
+        ),
+        Case(
+            "a text that is not UTF-8",
+            lambda: infer_request("text", {"X": not_utf8}, request_id=ID),
+            ("'X'", "element 1", "UTF-8"),
+        ),
+    ]
+
+
+CASES = [
+    *name_requests(), *parameter_requests(), *data_requests(), *output_requests(), *input_requests(),
+    *shape_requests(), *size_requests(), *run_requests(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_request_with(case, refused):
+    message = refused(case.request(), case.code)
+    missing = [fact for fact in case.facts if fact not in message]
+    assert not missing, f"{missing} not in: {message}"
+    if case.from_core:
+        assert message.startswith(PREFIX), message
+
+
+def test_a_message_without_an_id_says_that_the_id_is_unknown(refused):
+    request = simple(rows=9)
+    request.ClearField("id")
+    assert refused(request, INVALID).startswith("[request id: <id_unknown>] ")
+
+
+def test_refusals_are_counted_as_invalid_and_not_as_failures(server):
+    statistics = server.model("simple").statistics
+    before = statistics.snapshot()
+    server.refusal("ModelInfer", simple(rows=9))
+    after = statistics.snapshot()
+    assert after.outcomes[Outcome.INVALID] == before.outcomes[Outcome.INVALID] + 1
+    assert after.fail == before.fail
+    assert after.success == before.success
+
+
+@pytest.mark.parametrize("order", [
+    ("shape", "datatype"), ("datatype", "rows"), ("rows", "name"), ("name", "count"), ("count", "output"),
+    ("output", "data"), ("data", "duplicate"), ("duplicate", "parameter"), ("parameter", "model"), ("model", "version"),
+])  # fmt: skip
+def test_of_two_mistakes_the_one_that_is_checked_first_is_told(order, refused):
+    """`order` is (the later check, the earlier one)."""
+    spoil = {
+        "shape": (lambda r: r.inputs[0].shape.append(3), "unexpected shape"),
+        "datatype": (set_first("datatype", "FP64"), "data-type"),
+        "rows": (lambda r: [tensor.shape.__setitem__(0, 9) for tensor in r.inputs], "batch-size must be"),
+        "name": (lambda r: setattr(r.inputs[1], "name", "NOPE"), "unexpected inference input"),
+        "count": (lambda r: r.inputs.pop(), "expected 2 inputs"),
+        "output": (lambda r: r.outputs.add(name="NOPE"), "unexpected inference output"),
+        "data": (lambda r: r.ClearField("raw_input_contents"), "unable to find data"),
+        "duplicate": (lambda r: r.inputs.append(r.inputs[0]), "already exists"),
+        "parameter": (lambda r: r.parameters["timeout"].CopyFrom(parameter("1")), "'timeout'"),
+        "model": (lambda r: setattr(r, "model_name", "nope"), "is not found"),
+        "version": (lambda r: setattr(r, "model_version", "x"), "integral value"),
+    }
+    request = simple()
+    for mistake in order:
+        spoil[mistake][0](request)
+    code = NOT_FOUND if order[1] == "model" else INVALID
+    assert spoil[order[1]][1] in refused(request, code)
+
+
+LONG = 100_000
+
+
+@pytest.mark.parametrize("filler", ["x", "\N{KATAKANA LETTER TU}", "\n", "\0", "%s", "{}"])
+@pytest.mark.parametrize("field", ["model", "input", "output", "id", "parameter", "datatype"])
+def test_a_message_about_a_name_of_any_length_arrives(field, filler, refused):
+    name = filler * LONG
+    request = simple()
+    match field:
+        case "model":
+            request.model_name = name
+        case "input":
+            request.inputs[0].name = name
+        case "output":
+            request.outputs.add(name=name)
+        case "id":
+            request.id = name
+            request.inputs[0].datatype = "FP32"
+        case "parameter":
+            request.parameters["triton_" + name].CopyFrom(parameter(1))
+        case "datatype":
+            request.inputs[0].datatype = name
+    message = refused(request, NOT_FOUND if field == "model" else INVALID)
+    assert filler * 10 in message
+    assert "characters in all" in message
+
+
+def test_a_shape_of_any_length_is_told_too(refused):
+    request = simple()
+    request.inputs[0].shape[:] = [1] * LONG
+    assert "unexpected shape for input 'INPUT0'" in refused(request, INVALID)
+
+
+@pytest.mark.parametrize("feature", ["any parameter", "surplus raw data", "known parameters"])
+def test_what_looks_odd_and_is_legal_is_answered(feature, server):
+    request = simple()
+    match feature:
+        case "any parameter":
+            for key, value in {"a": 1, "b": True, "c": "text", "d": 1.5}.items():
+                request.parameters[key].CopyFrom(parameter(value))
+        case "surplus raw data":
+            request.raw_input_contents.append(b"surplus")
+        case "known parameters":
+            known = {"timeout": 0, "priority": 0, "sequence_id": 0, "triton_enable_empty_final_response": True}
+            for key, value in known.items():
+                request.parameters[key].CopyFrom(parameter(value))
+            request.parameters["priority"].CopyFrom(InferParameter(uint64_param=2**63))
+    assert not server.infer(request).parameters
