@@ -1,0 +1,151 @@
+"""Runs h2load, the load generator of nghttp2, with one fixed gRPC request, and reads what it measured.
+
+h2load knows nothing of gRPC: it counts every HTTP 200 as a success, also one whose grpc-status is an error. Such an
+answer has no body, so the bytes of the bodies, which h2load counts too, tell the two apart.
+"""
+
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtests.summary import quantile
+
+GRPC_PREFIX_BYTES = 5
+"""A gRPC message on the wire starts with one flag byte and its length in four (PROTOCOL-HTTP2 of gRPC)."""
+
+TIMEOUT_S = 300.0
+"""No measurement takes this long: a generator that still runs is stuck."""
+
+_FINISHED = re.compile(r"finished in ([\d.]+)(us|ms|s), ")
+_REQUESTS = re.compile(r"requests: (\d+) total, .* (\d+) succeeded, (\d+) failed, (\d+) errored, (\d+) timeout")
+_TRAFFIC = re.compile(r"traffic: .* \((\d+)\) data")
+_UNIT_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+class LoadError(Exception):
+    """The load could not be made, or not every request of it succeeded; the text says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A closed loop: each stream of each connection sends its next request when the last one was answered."""
+
+    connections: int
+    streams: int
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for an answer at any time."""
+        return self.connections * self.streams
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What h2load prints at its end."""
+
+    elapsed_s: float
+    total: int
+    succeeded: int
+    data_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One finished load: all of its requests succeeded."""
+
+    requests: int
+    elapsed_s: float
+    p50_ms: float
+    p99_ms: float
+    generator_cpu_s: float
+
+
+def find() -> str:
+    """The path of h2load; LoadError says how to install it."""
+    path = shutil.which("h2load")
+    if path is None:
+        raise LoadError("h2load is not installed; on Debian and Ubuntu: apt-get install nghttp2-client")
+    return path
+
+
+def frame(message: bytes) -> bytes:
+    """The message as gRPC sends it, not compressed."""
+    return b"\x00" + len(message).to_bytes(4, "big") + message
+
+
+def command(program: str, port: int, method: str, load: Load, requests: int, body: Path, log: Path) -> list[str]:
+    """The command line for this many requests to the gRPC method (`service/name`) on this port of this machine."""
+    return [
+        program,
+        f"--requests={requests}",
+        f"--clients={load.connections}",
+        f"--max-concurrent-streams={load.streams}",
+        "--threads=1",
+        f"--data={body}",
+        "--header=content-type: application/grpc",
+        "--header=te: trailers",
+        f"--log-file={log}",
+        f"http://127.0.0.1:{port}/{method}",
+    ]
+
+
+def parse_report(output: str) -> Report:
+    """Read h2load's standard output; LoadError when it has no report in it."""
+    finished, requests, traffic = (pattern.search(output) for pattern in (_FINISHED, _REQUESTS, _TRAFFIC))
+    if not (finished and requests and traffic):
+        raise LoadError(f"h2load printed no report:\n{output}")
+    elapsed_s = float(finished[1]) * _UNIT_S[finished[2]]
+    return Report(elapsed_s, int(requests[1]), int(requests[2]), int(traffic[1]))
+
+
+def parse_log(lines: Iterable[str]) -> list[int]:
+    """The microseconds of all requests, in ascending order, from the lines of --log-file.
+
+    A line is: start in microseconds since the epoch, HTTP status (-1: failed), microseconds until the end.
+    """
+    return sorted(int(line.split("\t")[2]) for line in lines)
+
+
+def check(report: Report, requests: int, reply_bytes: int) -> None:
+    """Raise LoadError unless all requests were answered with a message of this length."""
+    if report.succeeded != requests or report.total != requests:
+        raise LoadError(f"{report.succeeded} of {requests} requests were answered with HTTP 200")
+    expected = requests * (GRPC_PREFIX_BYTES + reply_bytes)
+    if report.data_bytes != expected:
+        raise LoadError(
+            f"the answers have {report.data_bytes} bytes instead of {expected}: some requests failed with a grpc-status"
+        )
+
+
+def run(port: int, method: str, message: bytes, reply_bytes: int, load: Load, requests: int, scratch: Path) -> Measured:
+    """Send the message this often and measure; LoadError unless each answer has `reply_bytes`. Writes to `scratch`."""
+    body, log = scratch / "body.bin", scratch / "requests.log"
+    body.write_bytes(frame(message))
+    log.unlink(missing_ok=True)  # h2load appends
+    before_s = _children_cpu_s()
+    done = subprocess.run(
+        command(find(), port, method, load, requests, body, log),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    generator_cpu_s = _children_cpu_s() - before_s
+    if done.returncode:
+        raise LoadError(f"h2load ended with exit code {done.returncode}: {done.stderr or done.stdout}")
+    report = parse_report(done.stdout)
+    check(report, requests, reply_bytes)
+    with log.open() as lines:
+        latencies_us = parse_log(lines)
+    p50_us, p99_us = quantile(latencies_us, 0.5), quantile(latencies_us, 0.99)
+    return Measured(requests, report.elapsed_s, p50_us / 1e3, p99_us / 1e3, generator_cpu_s)
+
+
+def _children_cpu_s() -> float:
+    """CPU time of the child processes that have ended and been waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

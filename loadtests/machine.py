@@ -1,0 +1,40 @@
+"""Says where a benchmark ran: a figure without its machine and versions is worth little."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+
+from loadtests import h2load
+from loadtests.procfs import PROC, cpu_model
+
+PACKAGES = ("sluice", "grpcio", "onnxruntime", "protobuf", "numpy")
+
+QUIET_LOAD = 0.5
+"""Runnable processes on average, before we start; above it, others take part in what is measured."""
+
+
+def describe() -> dict[str, str]:
+    """Facts by name, in the order to print them."""
+    return {
+        "processor": cpu_model((PROC / "cpuinfo").read_text()),
+        "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
+        "load": f"{_load():.2f} on average over the last minute, before the start",
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "generator": _h2load_version(),
+    }
+
+
+def is_quiet() -> bool:
+    """Whether nothing else seems to run here."""
+    return _load() <= QUIET_LOAD
+
+
+def _load() -> float:
+    return os.getloadavg()[0]
+
+
+def _h2load_version() -> str:
+    done = subprocess.run([h2load.find(), "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

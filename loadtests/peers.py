@@ -1,0 +1,205 @@
+"""What is measured side by side: our server, the bare grpcio echo, and the bare ONNX Runtime loop.
+
+The first two are servers, loaded by h2load. Before each load one real call checks the answer; after it, the lengths
+of the answers and, for our server, ModelStatistics must say that every request succeeded.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from sluice_client import Client
+
+from loadtests import h2load
+from loadtests.h2load import Load, LoadError
+from loadtests.models import THREADS, BenchModel
+from loadtests.ort_loop import LoopResult
+from loadtests.processes import ServerProcess
+from loadtests.procfs import read_cpu_s
+
+SLUICE = "sluice on grpcio"
+ECHO = "bare grpcio echo"
+LOOP = "bare ONNX Runtime loop"
+
+METHOD = "inference.GRPCInferenceService/ModelInfer"
+
+RATE_TRIALS = 3
+"""Each finds the rate better than the one before, and together they warm the server up."""
+
+LOOP_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One round of one measurement; a request is one row. What a peer cannot tell is NaN."""
+
+    requests_per_s: float
+    cpu_us_per_request: float
+    p50_ms: float
+    p99_ms: float
+    mean_batch_rows: float = math.nan
+    generator_cpu_us_per_request: float = math.nan
+
+
+class Measurement(ABC):
+    """One row of the table."""
+
+    model: BenchModel
+    who: str
+    in_flight: int
+    """Requests in flight; for the loop, the rows of a batch."""
+    load: str
+    """The same in words."""
+
+    @abstractmethod
+    def prepare(self, trial_s: float) -> None:
+        """Warm up, and find out in trials of about this length what `measure` needs to know."""
+
+    @abstractmethod
+    def measure(self, duration_s: float) -> Sample:
+        """Measure for about this long; LoadError when anything but the right answer came back."""
+
+
+class ServerMeasurement(Measurement):
+    """A server under the load of h2load; what a subclass adds is what it knows of the answers."""
+
+    def __init__(self, model: BenchModel, server: ServerProcess, load: Load, scratch: Path) -> None:
+        self.model = model
+        self.in_flight = load.in_flight
+        self.load = f"{load.in_flight} ({load.connections} x {load.streams})"
+        self._server = server
+        self._load = load
+        self._scratch = scratch
+        self._rate = 0.0
+
+    def prepare(self, trial_s: float) -> None:
+        """Warm up, and find out how many requests it takes to fill a second."""
+        self._rate = self._load.in_flight / trial_s
+        for _ in range(RATE_TRIALS):
+            self._rate = self.measure(trial_s).requests_per_s
+
+    def measure(self, duration_s: float) -> Sample:
+        """Send as many requests as fill this time at the rate found before."""
+        return self.send(self._rate * duration_s)
+
+    def send(self, requests: float) -> Sample:
+        """Send at least this many requests, equally many over each stream."""
+        count = math.ceil(requests / self._load.in_flight) * self._load.in_flight
+        before = self.counters()
+        reply = probe(self._server.port, self.model)
+        self.check_reply(reply)
+        cpu_started_s = read_cpu_s(self._server.pid)
+        done = h2load.run(self._server.port, METHOD, self.model.request, len(reply), self._load, count, self._scratch)
+        cpu_s = read_cpu_s(self._server.pid) - cpu_started_s
+        mean_batch_rows = mean_batch(before, self.counters(), requests=count + 1)  # the probe is a request too
+        return Sample(
+            requests_per_s=count / done.elapsed_s,
+            cpu_us_per_request=cpu_s / count * 1e6,
+            p50_ms=done.p50_ms,
+            p99_ms=done.p99_ms,
+            mean_batch_rows=mean_batch_rows,
+            generator_cpu_us_per_request=done.generator_cpu_s / count * 1e6,
+        )
+
+    @abstractmethod
+    def check_reply(self, reply: bytes) -> None:
+        """Raise LoadError unless this is the right answer."""
+
+    @abstractmethod
+    def counters(self) -> "Counters | None":
+        """What the server has counted so far; None when it does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """The counters of a model in ModelStatistics."""
+
+    succeeded: int
+    failed: int
+    rows: int
+    executions: int
+
+
+def mean_batch(before: Counters | None, after: Counters | None, requests: int) -> float:
+    """Rows per execution in between, NaN without counters; LoadError unless all requests succeeded."""
+    if before is None or after is None:
+        return math.nan
+    succeeded, failed = after.succeeded - before.succeeded, after.failed - before.failed
+    if succeeded != requests or failed:
+        raise LoadError(f"of {requests} requests the server counts {succeeded} as succeeded and {failed} as failed")
+    return (after.rows - before.rows) / (after.executions - before.executions)
+
+
+def probe(port: int, model: BenchModel) -> bytes:
+    """The answer to the very bytes that h2load will send, from grpcio as the client."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        reply: bytes = channel.unary_unary(f"/{METHOD}")(model.request, timeout=30)
+        return reply
+
+
+class SluiceMeasurement(ServerMeasurement):
+    """Our server on grpcio."""
+
+    who = SLUICE
+
+    def check_reply(self, reply: bytes) -> None:
+        """The model's answer, as ONNX Runtime alone gives it."""
+        if not self.model.is_answered_by(reply):
+            raise LoadError(f"the answer of {self.model.name} is not what ONNX Runtime gives")
+
+    def counters(self) -> Counters:
+        """From ModelStatistics."""
+        with Client(f"127.0.0.1:{self._server.port}") as client:
+            (model,) = client.statistics(self.model.name)
+        return Counters(model.success.count, model.fail.count, model.inference_count, model.execution_count)
+
+
+class EchoMeasurement(ServerMeasurement):
+    """The bare echo of the same request."""
+
+    who = ECHO
+
+    def check_reply(self, reply: bytes) -> None:
+        """The request."""
+        if reply != self.model.request:
+            raise LoadError("the echo server did not answer with the request")
+
+    def counters(self) -> None:
+        """An echo does not count."""
+
+
+class LoopMeasurement(Measurement):
+    """ONNX Runtime's bare loop with the batch size that suits it best."""
+
+    who = LOOP
+
+    def __init__(self, model: BenchModel) -> None:
+        self.model = model
+        self.in_flight = 0
+        self.load = ""
+
+    def prepare(self, trial_s: float) -> None:
+        """Find the power of two, up to the model's largest batch, that gives the most rows per second."""
+        sizes = [1 << power for power in range(self.model.max_batch_rows.bit_length())]
+        # Every size gets two chances: a disturbance must not decide what the best one is.
+        best = max(self._run(sizes * 2, trial_s), key=lambda result: result.rows_per_s)
+        self.in_flight = best.batch_rows
+        self.load = f"batches of {best.batch_rows}"
+
+    def measure(self, duration_s: float) -> Sample:
+        """Run the loop in a new process; the latency is that of one batch."""
+        (result,) = self._run([self.in_flight], duration_s)
+        return Sample(result.rows_per_s, result.cpu_us_per_row, result.run_p50_ms, result.run_p99_ms, result.batch_rows)
+
+    def _run(self, batch_rows: list[int], duration_s: float) -> list[LoopResult]:
+        command = [sys.executable, "-m", "loadtests.ort_loop", str(self.model.file), f"--threads={THREADS}"]
+        command += [f"--seconds={duration_s}", "--batch-rows", *map(str, batch_rows)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOOP_TIMEOUT_S, check=False)
+        if done.returncode:
+            raise LoadError(f"the loop over ONNX Runtime failed:\n{done.stderr}")
+        return [LoopResult(**item) for item in json.loads(done.stdout)]

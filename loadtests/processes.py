@@ -1,0 +1,91 @@
+"""Servers as processes of their own: started on a free port, waited for, measured, ended by SIGTERM."""
+
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+START_TIMEOUT_S = 60.0
+"""A server of demo-sized models is up in two seconds; a busy machine may need many times that."""
+
+STOP_TIMEOUT_S = 20.0
+"""After SIGTERM nothing is left to answer, so that only the interpreter has to end."""
+
+POLL_S = 0.2
+"""How long one look at a starting server takes; in between, the process is looked at."""
+
+
+class ServerFailed(Exception):
+    """A server under test did not start; the text ends with what it wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A server that answers on this port of this machine."""
+
+    pid: int
+    port: int
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextmanager
+def sluice(repository: Path, scratch: Path, flags: Sequence[str] = ()) -> Iterator[ServerProcess]:
+    """`sluice serve` on this model repository, as a user would run it."""
+    program = Path(sysconfig.get_path("scripts")) / "sluice"
+    port = free_port()
+    arguments = [f"--model-repository={repository}", f"--grpc-port={port}", "--http-port=0", "--metrics-port=0"]
+    with _running([str(program), "serve", *arguments, *flags], port, scratch / f"sluice-{port}.log") as server:
+        yield server
+
+
+@contextmanager
+def echo(scratch: Path) -> Iterator[ServerProcess]:
+    """The bare grpcio server."""
+    port = free_port()
+    command = [sys.executable, "-m", "loadtests.echo_server", f"--port={port}"]
+    with _running(command, port, scratch / f"echo-{port}.log") as server:
+        yield server
+
+
+@contextmanager
+def _running(command: list[str], port: int, log: Path) -> Iterator[ServerProcess]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        if not wait_for_port(port, lambda: process.poll() is None):
+            raise ServerFailed(f"{' '.join(command)} did not start:\n{log.read_text()}")
+        yield ServerProcess(process.pid, port)
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_for_port(port: int, is_running: Callable[[], bool]) -> bool:
+    """Wait until a gRPC server answers on the port; False when it has ended or takes too long."""
+    until_s = time.monotonic() + START_TIMEOUT_S
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        while is_running() and time.monotonic() < until_s:
+            try:
+                grpc.channel_ready_future(channel).result(POLL_S)
+            except grpc.FutureTimeoutError:
+                continue
+            return True
+    return False
