@@ -146,4 +146,6 @@ def _type_and_dims(info: onnx.ValueInfoProto, has_batch_dimension: bool) -> str:
     dims = [-1 if dim.dim_param else dim.dim_value for dim in of_tensor.shape.dim]
     dims = dims[1:] if has_batch_dimension else dims
     config_type = "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
-    return f"data_type: {config_type} dims: {dims or [1]}"
+    # A configuration cannot write a tensor without dims: it says [1], and of rows of those that the 1 is taken away.
+    reshape = " reshape { }" if has_batch_dimension and not dims else ""
+    return f"data_type: {config_type} dims: {dims or [1]}{reshape}"

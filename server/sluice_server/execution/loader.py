@@ -24,6 +24,7 @@ from sluice_server.observability.statistics import ModelStatistics
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
 from sluice_server.repository.autocomplete import complete, normalize
+from sluice_server.repository.validate import unit_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -144,7 +145,8 @@ class ModelLoader:
         """Load one version; it takes requests once it is started."""
         prepared = prepare(directory, version, config, self._settings, self._host)
         completed = prepared.config
-        interface = ModelInterface.of(completed, version)
+        units = unit_tensors(completed, prepared.groups[0].session.signature)
+        interface = ModelInterface.of(completed, version, units)
         queue: BatchQueue[InferRequest] = BatchQueue(self._queue_policy(completed))
         statistics = ModelStatistics()
         runner = BatchRunner(

@@ -263,6 +263,8 @@ def _array(message: ModelInferRequest, tensor: Any, source: Any, interface: Mode
     dims = shape[1:] if interface.max_batch_rows else shape
     if not expected.accepts(dims) or min(shape, default=0) < 0:
         raise _shape_error(message, expected, shape, interface)
+    if expected.unit:
+        shape = shape[:-1]
     try:
         if isinstance(source, (bytes, memoryview)):
             return tensors.view(expected.dtype, shape, source)

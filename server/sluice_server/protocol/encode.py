@@ -30,14 +30,17 @@ _RAW_FIELD = ModelInferResponse.DESCRIPTOR.fields_by_name["raw_output_contents"]
 class Encoder:
     """Encodes the answers of one model version; used by all of its instance threads at once."""
 
-    __slots__ = ("_heads", "_interface")
+    __slots__ = ("_has_units", "_heads", "_interface")
 
     def __init__(self, interface: ModelInterface) -> None:
         self._interface = interface
+        self._has_units = any(output.unit for output in interface.outputs.values())
         self._heads: dict[tuple[object, ...], bytes] = {}
 
     def __call__(self, request_id: str, names: tuple[str, ...], arrays: Sequence[np.ndarray]) -> list[Buffer]:
         """The parts of the answer with these outputs, in this order; a BYTES array has elements of `bytes`."""
+        if self._has_units:
+            arrays = [self._as_seen(name, array) for name, array in zip(names, arrays, strict=True)]
         key = (names, *(array.shape for array in arrays))
         head = self._heads.get(key)
         if head is None:
@@ -51,6 +54,11 @@ class Encoder:
             parts.append(wire.length_delimited(_RAW_FIELD, len(data)))
             parts.append(data)  # type: ignore[arg-type] # numpy's stubs know buffers from Python 3.12 on
         return parts
+
+    def _as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
+        output = self._interface.outputs[name]
+        graph_rank = len(output.dims) - 1 + (self._interface.max_batch_rows > 0)
+        return array.reshape((*array.shape, 1)) if output.unit and array.ndim == graph_rank else array
 
     def _make_head(self, key: tuple[object, ...], names: tuple[str, ...], arrays: Sequence[np.ndarray]) -> bytes:
         interface = self._interface

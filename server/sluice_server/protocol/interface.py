@@ -10,17 +10,22 @@ from sluice_proto.tensors import BY_CONFIG_TYPE, DType
 from sluice_server.graph import VARIABLE
 
 if TYPE_CHECKING:
-    from sluice_proto.model_config_pb2 import ModelConfig
+    from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInterface:
-    """One input or output as clients see it; `dims` leave the batch dimension out, -1 is any size."""
+    """One input or output as clients see it; `dims` leave the batch dimension out, -1 is any size.
+
+    `unit` tensors have a last dimension of 1 for clients that the graph's own tensor lacks: a configuration cannot
+    write a tensor without dims.
+    """
 
     name: str
     dtype: DType
     dims: tuple[int, ...]
     optional: bool
+    unit: bool = False
 
     @property
     def variable(self) -> bool:
@@ -50,16 +55,15 @@ class ModelInterface:
     """Whether two valid requests may differ in more than their rows, so that a batch key must tell them apart."""
 
     @classmethod
-    def of(cls, config: ModelConfig, version: int) -> ModelInterface:
-        """Read a completed configuration."""
-        inputs = {
-            item.name: TensorInterface(item.name, BY_CONFIG_TYPE[item.data_type], tuple(item.dims), item.optional)
-            for item in config.input
-        }
-        outputs = {
-            item.name: TensorInterface(item.name, BY_CONFIG_TYPE[item.data_type], tuple(item.dims), optional=False)
-            for item in config.output
-        }
+    def of(cls, config: ModelConfig, version: int, units: frozenset[str] = frozenset()) -> ModelInterface:
+        """Read a completed configuration; `units` are the names of its unit tensors."""
+
+        def read(item: ModelInput | ModelOutput, *, optional: bool) -> TensorInterface:
+            dtype = BY_CONFIG_TYPE[item.data_type]
+            return TensorInterface(item.name, dtype, tuple(item.dims), optional, item.name in units)
+
+        inputs = {item.name: read(item, optional=item.optional) for item in config.input}
+        outputs = {item.name: read(item, optional=False) for item in config.output}
         return cls(
             name=config.name,
             version=str(version),
