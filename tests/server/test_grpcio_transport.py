@@ -10,7 +10,7 @@ import grpc
 import pytest
 from sluice_server.status import Code, Status
 from sluice_server.transport.grpcio import SERVICE, GrpcioOptions, GrpcioTransport
-from support.fakes import PATIENCE_S, eventually
+from support.fakes import PATIENCE_S, RecordingCall, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -117,6 +117,20 @@ def test_a_deadline_that_passes_is_told_of_and_counted_as_such(no_errors_logged)
             assert told.acquire(timeout=PATIENCE_S)
             assert future.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert transport.outcomes() == {("Ask", Code.DEADLINE_EXCEEDED): 10}
+
+
+@pytest.mark.parametrize(("left_s", "code"), [
+    (0.0, Code.CANCELLED), (9.8, Code.CANCELLED), (9.95, Code.DEADLINE_EXCEEDED), (10.1, Code.DEADLINE_EXCEEDED),
+])  # fmt: skip
+def test_who_leaves_just_before_the_deadline_has_run_out_of_time(left_s, code):
+    call = RecordingCall()
+    call.deadline_ns = call.received_ns + 10 * 10**9
+    assert call.code_of_leaving(call.received_ns + int(left_s * 1e9)) is code
+
+
+def test_who_has_no_deadline_has_cancelled():
+    call = RecordingCall()
+    assert call.code_of_leaving(call.received_ns + 10**15) is Code.CANCELLED
 
 
 def test_a_call_without_a_deadline_has_none(no_errors_logged):

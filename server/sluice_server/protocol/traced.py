@@ -63,7 +63,7 @@ class TracedCall(Call):
     def _client_left(self) -> None:
         if self.on_cancel is not None:
             self.on_cancel()
-        self._end(Code.DEADLINE_EXCEEDED if time.monotonic_ns() >= self.deadline_ns else Code.CANCELLED)
+        self._end(self.code_of_leaving(time.monotonic_ns()))
 
     def _end(self, code: Code) -> None:
         # A running batch may still answer a call whose client left: the first end counts, as it does on the wire.

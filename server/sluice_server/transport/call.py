@@ -17,15 +17,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from sluice_server.status import Code
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from typing_extensions import Buffer
 
-    from sluice_server.status import Code, Status
+    from sluice_server.status import Status
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 """Request headers in the order they came; keys that end in `-bin` have bytes."""
+
+CLIENT_ROUNDING = 100
+"""gRPC sends a timeout in three digits, rounded up: by its own clock the client leaves up to a hundredth earlier."""
+
+CLIENT_EARLY_NS = 2_000_000
+"""Both sides count deadlines in whole milliseconds, each with its own rounding."""
 
 
 class Call(ABC):
@@ -58,6 +66,11 @@ class Call(ABC):
 
     def describe(self, **facts: Any) -> None:  # noqa: B027 - doing nothing is right for a call that is not sampled
         """Tell what became of the request, for its trace; a call that is not sampled has nobody to tell."""
+
+    def code_of_leaving(self, now_ns: int) -> Code:
+        """Why a client left at this time: DEADLINE_EXCEEDED when its time was up by its own clock, else CANCELLED."""
+        early_ns = CLIENT_EARLY_NS + (self.deadline_ns - self.received_ns) // CLIENT_ROUNDING
+        return Code.DEADLINE_EXCEEDED if now_ns >= self.deadline_ns - early_ns else Code.CANCELLED
 
     @abstractmethod
     def reply(self, parts: Sequence[Buffer]) -> None:

@@ -276,12 +276,8 @@ class GrpcioTransport:
             call.future.set_result((status, payload))
 
     def _client_left(self, call: GrpcioCall) -> None:
-        out_of_time = time.monotonic_ns() >= call.deadline_ns
         on_cancel = call.on_cancel
-        if (
-            not self._has_ended(call, Code.DEADLINE_EXCEEDED if out_of_time else Code.CANCELLED)
-            and on_cancel is not None
-        ):
+        if not self._has_ended(call, call.code_of_leaving(time.monotonic_ns())) and on_cancel is not None:
             on_cancel()
 
     def _has_ended(self, call: GrpcioCall, code: Code) -> bool:
