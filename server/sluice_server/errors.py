@@ -2,6 +2,10 @@
 
     SluiceError                 expected: its text is written for the client and safe to send
     ├── InvalidArgument         the request is wrong and would be wrong again
+    │   ├── repository.errors.ModelLoadError        a model file that does not fit its configuration
+    │   ├── execution.parameters.BadOption          an option of a model that is none
+    │   ├── execution.providers.MissingProvider, NoGpu      what this machine does not have
+    │   └── execution.session.NotText               BYTES that ONNX Runtime cannot take
     ├── NotFound                no such model, version, region
     ├── AlreadyExists
     ├── Unimplemented           part of the protocol that is not there (yet), named
@@ -11,6 +15,7 @@
     ├── DeadlineExceeded        the request's own time is up
     ├── Cancelled               the client went away
     └── Internal                the server's or the model's fault, with a text fit for clients
+        ├── repository.errors.ConfigError           a configuration that cannot be used
         └── BackendError        ONNX Runtime refused or failed a run or a load
 
 Anything else that is raised is a bug: it is logged in full and answered with a fixed text and an id.

@@ -1,9 +1,15 @@
 """What a model file says of its own inputs and outputs, as plain data that any part of the server may hold."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 VARIABLE = -1
 """A dimension that the model leaves open."""
+
+
+def format_shape(shape: Iterable[int]) -> str:
+    """Write a shape as Triton does, without blanks: `[1,16]`."""
+    return f"[{','.join(map(str, shape))}]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
-from sluice_server.execution.providers import choose_providers, count_gpus
+from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.session import Session
 from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.observability.statistics import ModelStatistics
@@ -53,6 +53,11 @@ class Host:
     cpus: int
     gpus: int
     providers: tuple[str, ...]
+
+    @property
+    def has_cuda(self) -> bool:
+        """Whether a model that names no device gets a GPU: there is one, and this ONNX Runtime can use it."""
+        return self.gpus > 0 and CUDA in self.providers
 
     @classmethod
     def of_this_machine(cls, environ: Mapping[str, str]) -> Host:
@@ -90,7 +95,7 @@ def prepare(
     """Open one version. Raises ConfigError for what is written, ModelLoadError, BackendError or InvalidArgument
     (providers, options) for what does not fit the model file or the machine.
     """
-    gpu_available = host.gpus > 0
+    gpu_available = host.has_cuda
     config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=gpu_available)
     path = directory.model_file(version, config.default_model_filename)
     groups = []

@@ -16,7 +16,7 @@ from sluice_proto.grpc_service_pb2 import ModelInferRequest
 
 from sluice_server.errors import InvalidArgument, Unimplemented
 from sluice_server.execution.request import InferRequest
-from sluice_server.protocol.interface import format_shape
+from sluice_server.graph import format_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

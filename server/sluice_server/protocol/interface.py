@@ -74,8 +74,3 @@ class ModelInterface:
             required_inputs=sum(not tensor.optional for tensor in inputs.values()),
             variable=any(tensor.variable or tensor.optional for tensor in inputs.values()),
         )
-
-
-def format_shape(shape: tuple[int, ...]) -> str:
-    """Write a shape as Triton does, without blanks: `[1,16]`."""
-    return f"[{','.join(map(str, shape))}]"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelVersionPolicy
 from sluice_proto.tensors import BY_NAME
 
-from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec
+from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.fields import check_fields
 from sluice_server.repository.validate import (
@@ -23,7 +23,6 @@ from sluice_server.repository.validate import (
     check_graph,
     check_identity,
     check_instance_groups,
-    format_shape,
 )
 
 if TYPE_CHECKING:

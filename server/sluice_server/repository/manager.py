@@ -363,7 +363,8 @@ class ModelManager:
                 except SluiceError as error:
                     if isinstance(error, ConfigError):
                         raise
-                    failed[number] = f"Internal: {error}"
+                    family = "Invalid argument" if isinstance(error, InvalidArgument) else "Internal"
+                    failed[number] = f"{family}: {error}"
         except BaseException as error:
             self._give_up(entry, loaded, dict.fromkeys(numbers, str(error)), replacing=replacing)
             raise

@@ -1,13 +1,13 @@
 """The rules that a configuration must keep: on its own (ConfigError), and towards the model file (ModelLoadError)."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup, ModelOutput
 from sluice_proto.tensors import BY_CONFIG_TYPE
 
-from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec
+from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 
 PLATFORM: Final = "onnxruntime_onnx"
@@ -128,11 +128,6 @@ def path_problem(path: str) -> str:
     if any(len(part.encode(errors="surrogatepass")) > MAX_FILE_NAME_BYTES for part in parts):
         return f"has a name longer than {MAX_FILE_NAME_BYTES} bytes"
     return ""
-
-
-def format_shape(shape: Iterable[int]) -> str:
-    """Print a shape as the protocol's messages do: `[-1,16]`."""
-    return f"[{','.join(map(str, shape))}]"
 
 
 def _tensors(config: ModelConfig) -> list[Tensor]:

@@ -21,6 +21,7 @@ from sluice_batching import NO_DEADLINE
 
 from sluice_server.status import OK, Code, Status
 from sluice_server.transport.call import Call, ListenError
+from sluice_server.transport.gathering import HOLD_NS, Gathering
 from sluice_server.transport.health import HealthService
 from sluice_server.transport.message import fit_message
 from sluice_server.transport.reflection import add_reflection
@@ -68,7 +69,7 @@ class GrpcioOptions:
 class GrpcioCall(Call):
     """One unary RPC of the grpcio server; its end is a future on the event loop."""
 
-    __slots__ = ("_context", "_transport", "ended", "future")
+    __slots__ = ("_context", "_transport", "ended", "future", "is_in_progress")
 
     def __init__(self, transport: GrpcioTransport, method: str, message: bytes, context: Any) -> None:
         self.method = method
@@ -77,6 +78,7 @@ class GrpcioCall(Call):
         remaining_s = context.time_remaining()
         self.deadline_ns = NO_DEADLINE if remaining_s is None else self.received_ns + int(remaining_s * 1e9)
         self.on_cancel = None
+        self.is_in_progress = False  # it has gone up
         self.ended = False
         self.future: asyncio.Future[tuple[Status, bytes]] = transport.loop.create_future()
         self._transport = transport
@@ -120,7 +122,11 @@ class GrpcioTransport:
         self._handler = handler
         self._methods = methods
         self._options = options
+        self._gathering = Gathering()
         self._inbox: list[GrpcioCall] = []
+        self._hold: asyncio.TimerHandle | None = None
+        self._delivery_is_due = False
+        self._in_progress = 0
         self._outbox: collections.deque[tuple[GrpcioCall, Status, bytes]] = collections.deque()
         self._wake_is_due = False
         self._outcomes: collections.Counter[tuple[str, Code]] = collections.Counter()
@@ -255,13 +261,27 @@ class GrpcioTransport:
         return behave
 
     def _accept(self, call: GrpcioCall) -> None:
-        if not self._inbox:
-            self.loop.call_soon(self._deliver)
         self._inbox.append(call)
+        waiting = len(self._inbox)
+        self._gathering.arrived(call.received_ns, waiting + self._in_progress)
+        if self._gathering.holds(waiting):
+            if self._hold is None:
+                self._hold = self.loop.call_later(HOLD_NS / 1e9, self._deliver)
+        elif not self._delivery_is_due:
+            # At the end of this turn of the loop, with whatever arrives in the rest of it.
+            self._delivery_is_due = True
+            self.loop.call_soon(self._deliver)
 
     def _deliver(self) -> None:
+        self._delivery_is_due = False
+        if self._hold is not None:
+            self._hold.cancel()
+            self._hold = None
         calls = [call for call in self._inbox if not call.ended]
         self._inbox = []
+        for call in calls:
+            call.is_in_progress = True
+        self._in_progress += len(calls)
         self._handler(calls)
 
     def _flush(self) -> None:
@@ -287,4 +307,6 @@ class GrpcioTransport:
         call.ended = True
         call.on_cancel = None  # it leads back to the call: without it, memory is freed at once and not by the collector
         self._outcomes[call.method, code] += 1
+        if call.is_in_progress:
+            self._in_progress -= 1
         return False
