@@ -8,15 +8,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
-from sluice_batching import NO_DEADLINE
-from sluice_server.status import OK, Status
+from sluice_batching import NO_DEADLINE, BatchQueue, QueuePolicy
+from sluice_proto.model_config_pb2 import DataType, ModelConfig
+from sluice_server.execution.instance import BatchRunner, Instance
+from sluice_server.execution.model import ServedModel
+from sluice_server.observability.statistics import ModelStatistics
+from sluice_server.protocol.encode import Encoder
+from sluice_server.protocol.interface import ModelInterface
+from sluice_server.status import OK, Status, StatusMapper
 from sluice_server.transport.call import Call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from sluice_batching import ExpiryTimer
     from sluice_server.execution.instance import Runnable
-    from sluice_server.execution.model import ServedModel
+    from sluice_server.execution.request import InferRequest
     from sluice_server.transport.call import Metadata
     from typing_extensions import Buffer
 
@@ -111,6 +118,32 @@ class EchoSession:
     def run(self, output_names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         (array,) = feeds.values()
         return [array.copy() for _ in output_names]
+
+
+def served_model(
+    session: Runnable,
+    timer: ExpiryTimer,
+    name: str = "fake",
+    *,
+    max_batch_rows: int = 8,
+    instances: int = 1,
+    **policy: int,
+) -> ServedModel:
+    """A model of one input X and one output Y, both INT64 with one element a row, run by a fake session. Not started.
+
+    `policy` are fields of QueuePolicy.
+    """
+    config = ModelConfig(name=name, max_batch_size=max_batch_rows)
+    config.input.add(name="X", data_type=DataType.TYPE_INT64, dims=[1])
+    config.output.add(name="Y", data_type=DataType.TYPE_INT64, dims=[1])
+    interface = ModelInterface.of(config, 1)
+    queue: BatchQueue[InferRequest] = BatchQueue(
+        QueuePolicy(max_batch_rows=max(1, max_batch_rows), batching=max_batch_rows > 0, **policy)
+    )
+    statistics, to_status = ModelStatistics(), StatusMapper()
+    runner = BatchRunner(Encoder(interface), statistics, to_status, has_batch_dimension=max_batch_rows > 0)
+    threads = [Instance(f"{name}-{number}", queue, session, runner) for number in range(instances)]
+    return ServedModel(config, interface, queue, threads, runner, statistics, to_status, timer, properties={})
 
 
 @contextmanager

@@ -91,6 +91,12 @@ class BatchRunner:
         for request, parts in zip(batch, answers, strict=True):
             request.call.reply(parts)
 
+    def give_up(self, batch: Sequence[InferRequest], error: Exception) -> None:
+        """End whatever of a batch has not ended; what has is counted already, and a second end has no effect."""
+        status = self._to_status(error)
+        for request in batch:
+            request.call.fail(status)
+
     def expire(self, requests: Sequence[InferRequest]) -> None:
         """Answer requests whose time was up while they waited."""
         self._fail(requests, DeadlineExceeded("Request timeout expired"), FailureReason.REJECTED)
@@ -176,9 +182,16 @@ class Instance:
             if taken.expired:
                 self._runner.expire(taken.expired)
             if taken.batch:
-                self._runner.run(self._session, taken.batch)
+                self._run(taken.batch)
             # Nothing of the batch may stay alive while this thread waits for the next one.
             del taken
+
+    def _run(self, batch: list[InferRequest]) -> None:
+        try:
+            self._runner.run(self._session, batch)
+        except Exception as error:
+            # No memory for an answer, or a bug: the requests behind this batch need the thread all the same.
+            self._runner.give_up(batch, error)
 
 
 def gather(batch: list[InferRequest]) -> dict[str, np.ndarray]:
