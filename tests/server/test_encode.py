@@ -1,0 +1,88 @@
+"""Whether the parts of an answer, joined, are the message that it should be, for any arrays, in bounded memory."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as np_st
+from sluice_proto.grpc_service_pb2 import ModelInferResponse
+from sluice_proto.model_config_pb2 import ModelConfig
+from sluice_proto.tensors import BY_NAME
+from sluice_server.protocol.encode import HEADS_MAX, Encoder
+from sluice_server.protocol.interface import ModelInterface
+from support.requests import answer_arrays
+
+NUMERIC = ["BOOL", "UINT8", "UINT64", "INT8", "INT64", "FP16", "FP32", "FP64"]
+
+
+def interface(
+    *datatypes: str, max_batch_size: int = 0, dims: tuple[int, ...] = (-1,), units: frozenset[str] = frozenset()
+):
+    config = ModelConfig(name="m", max_batch_size=max_batch_size)
+    for number, datatype in enumerate(datatypes):
+        config.output.add(name=f"Y{number}", data_type=BY_NAME[datatype].config_type, dims=dims)
+    return ModelInterface.of(config, 3, units)
+
+
+def encode(encoder: Encoder, arrays: list[np.ndarray], request_id: str = "") -> ModelInferResponse:
+    parts = encoder(request_id, tuple(f"Y{number}" for number in range(len(arrays))), arrays)
+    return ModelInferResponse.FromString(b"".join(parts))
+
+
+@given(
+    st.lists(
+        st.sampled_from(NUMERIC).flatmap(
+            lambda name: st.tuples(
+                st.just(name),
+                np_st.arrays(BY_NAME[name].numpy, np_st.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)),
+            )
+        ),
+        max_size=4,
+    ),
+    st.text(max_size=200),
+)
+def test_any_arrays_come_back_from_their_answer(outputs, request_id):
+    arrays = [array for _, array in outputs]
+    response = encode(Encoder(interface(*(name for name, _ in outputs))), arrays, request_id)
+    assert (response.model_name, response.model_version, response.id) == ("m", "3", request_id)
+    assert [tensor.datatype for tensor in response.outputs] == [name for name, _ in outputs]
+    for got, wanted in zip(answer_arrays(response).values(), arrays, strict=True):
+        assert got.shape == wanted.shape
+        assert got.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("array", [
+    np.arange(12.0, dtype=np.float32).reshape(3, 4).T,
+    np.arange(12.0, dtype=np.float32)[::-2],
+    np.arange(12.0, dtype=np.float32).astype(">f4"),
+    np.broadcast_to(np.float32(7), (3, 2)),
+])  # fmt: skip
+def test_arrays_of_any_layout_are_written_in_row_major_order(array):
+    got = answer_arrays(encode(Encoder(interface("FP32")), [array]))["Y0"]
+    np.testing.assert_array_equal(got, array)
+
+
+def test_the_kept_heads_stay_bounded_and_right_whatever_the_shapes():
+    encoder = Encoder(interface("INT8"))
+    for size in [*range(2 * HEADS_MAX + 10), 0, 1, 2]:
+        response = encode(encoder, [np.zeros(size, np.int8)])
+        assert list(response.outputs[0].shape) == [size]
+        assert len(encoder._heads) <= HEADS_MAX
+
+
+def test_a_large_array_is_not_copied_before_it_is_sent():
+    array = np.zeros((1000, 1000), np.float32)
+    parts = Encoder(interface("FP32"))("", ("Y0",), [array])
+    assert any(isinstance(part, np.ndarray) and np.shares_memory(part, array) for part in parts)
+
+
+@pytest.mark.parametrize(("batch", "array", "shape"), [
+    (0, np.float32(5), [1]),
+    (8, np.zeros(3, np.float32), [3, 1]),
+    # A graph that does not say its output's rank may give any.
+    (0, np.zeros((2, 2), np.float32), [2, 2]),
+])  # fmt: skip
+def test_a_unit_tensor_gets_the_dimension_that_the_graph_lacks(batch, array, shape):
+    units = frozenset({"Y0"})
+    response = encode(Encoder(interface("FP32", max_batch_size=batch, dims=(1,), units=units)), [np.asarray(array)])
+    assert list(response.outputs[0].shape) == shape
