@@ -301,6 +301,8 @@ def size_requests() -> list[Case]:
              ("byte size mismatch", "'X'", "'any'", str(2**66), "0"), from_core=True),
         Case("a terabyte", of_any((2**20, 2**20)), ("byte size mismatch", "'X'", "'any'", str(2**42)), from_core=True),
         Case("nothing of an impossible size", of_any((0, 2**63 - 1), b""), ("'X'", "'any'", "shape"), from_core=True),
+        Case("nothing, a terabyte wide", of_any((2**40, 0), b""),
+             ("'X'", "'any'", "no elements", f"[{2**40},0]", "65536"), from_core=True),
         Case("the largest negative", of_any((-(2**63), -(2**63))), ("[-92233", "'X'", "'any'"), from_core=True),
         Case("two negatives that make a positive", of_any((-2, -2)), ("[-2,-2]", "'X'", "'any'"), from_core=True),
         Case("a text too few", text(element(b"one")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grpc
 import ml_dtypes
 import numpy as np
 import pytest
@@ -43,7 +44,9 @@ def module_server(transport, tmp_path_factory):
     models.write_model(repository, "open_rows", models.identity("FP32", ("N", "W")), max_batch_size=8)
     models.write_model(repository, "pair", models.sum_and_difference((4,)))
     models.write_model(repository, "pair_rows", models.sum_and_difference(("N", 4)), max_batch_size=8)
+    models.write_model(repository, "pair_open", models.sum_and_difference(("A", "B")))
     models.write_model(repository, "bias", models.add_bias())
+    models.write_model(repository, "row_sums", models.row_sums())
     with running(server_settings(repository), transport) as server:
         yield server
 
@@ -99,6 +102,15 @@ def test_tensors_without_elements_are_legal(shape, datatype, server):
     assert same(answer_arrays(answer)["Y"], empty)
 
 
+def test_a_model_that_reduces_over_nothing_gives_rows(server):
+    """Which is why the other dimensions of an empty tensor are bounded: a model makes them real."""
+    answer = server.infer(infer_request("row_sums", {"X": np.empty((65_536, 0), np.float32)}))
+    assert same(answer_arrays(answer)["Y"], np.zeros((65_536, 1), np.float32))
+    with pytest.raises(grpc.RpcError, match="has no elements") as caught:
+        server.infer(infer_request("row_sums", {"X": np.empty((65_537, 0), np.float32)}))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_rows_without_elements_are_merged_like_others(server):
     empty = np.empty((2, 0), np.float32)
     assert answer_arrays(server.infer(infer_request("open_rows", {"X": empty})))["Y"].shape == (2, 0)
@@ -133,6 +145,15 @@ def test_values_at_any_place_of_the_message_are_read_right(pad, size_bytes, serv
     answer = server.infer(infer_request("fp64_open", {"X": array}, request_id="i" * pad))
     assert same(answer_arrays(answer)["Y"], array)
     assert answer.id == "i" * pad
+
+
+@pytest.mark.parametrize("pad", range(5))
+def test_a_model_computes_with_unaligned_values_as_with_others(pad, server):
+    a = np.arange(100_000, dtype=np.int32).reshape(100, 1000)
+    request = infer_request("pair_open", {"INPUT0": a, "INPUT1": a[::-1]}, request_id="i" * pad)
+    got = answer_arrays(server.infer(request))
+    assert same(got["OUTPUT0"], a + a[::-1])
+    assert same(got["OUTPUT1"], a - a[::-1])
 
 
 @pytest.mark.parametrize("request_id", ["", "7", "\N{KATAKANA LETTER TU}\0%", "i" * 100_000])

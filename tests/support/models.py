@@ -81,6 +81,13 @@ def add_bias() -> bytes:
     return build([node], inputs, [tensor("Y", dims=(2,))], [bias])
 
 
+def row_sums() -> bytes:
+    """Y [A,1] = the sum of each row of X [A,B], FP32, of no elements too."""
+    axes = numpy_helper.from_array(np.array([1], np.int64), "axes")
+    node = helper.make_node("ReduceSum", ["X", "axes"], ["Y"])
+    return build([node], [tensor("X", dims=("A", "B"))], [tensor("Y", dims=("A", 1))], [axes])
+
+
 def slow(iterations: int) -> bytes:
     """X -> Y unchanged, FP32 [N,1], after a loop that takes about a second for each million iterations."""
     body = helper.make_graph(

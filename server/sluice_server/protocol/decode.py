@@ -7,6 +7,7 @@ views over the received message: nothing is copied and nothing is allocated for 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 SPLIT_BYTES_MIN = 48 * 1024
 """From this size on, cutting the raw tensors out of the message first saves more (two copies) than it costs."""
+
+EMPTY_CELLS_MAX = 65_536
+"""What the dimensions of a tensor without elements may multiply to, the zeros left out. They cost its sender nothing,
+and a model that reduces over the empty dimension would allocate all of the rest."""
 
 _NS_PER_US = 1000
 _BATCH_NOTE = (
@@ -267,10 +272,17 @@ def _array(message: ModelInferRequest, tensor: Any, source: Any, interface: Mode
         shape = shape[:-1]
     try:
         if isinstance(source, (bytes, memoryview)):
-            return tensors.view(expected.dtype, shape, source)
-        return tensors.from_contents(expected.dtype, shape, source)
+            array = tensors.view(expected.dtype, shape, source)
+        else:
+            array = tensors.from_contents(expected.dtype, shape, source)
     except proto_errors.TensorError as error:
         raise _data_error(message, expected, error, interface) from error
+    if not array.size and math.prod(filter(None, shape)) > EMPTY_CELLS_MAX:
+        raise _Refusal(message).because(
+            f"input '{expected.name}' for model '{interface.name}' has no elements: the other dimensions of its shape"
+            f" {format_shape(shape)} may multiply to {EMPTY_CELLS_MAX} at most"
+        )
+    return array
 
 
 def _shape_error(
