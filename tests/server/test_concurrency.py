@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,6 +58,16 @@ def occupy(server, session, model: str = "echo"):
 
 def outcomes_of(server, model: str = "echo") -> dict[Outcome, int]:
     return {name: count for name, count in server.model(model).statistics.snapshot().outcomes.items() if count}
+
+
+def check_statistics(model) -> None:
+    """The rules that the counters of a model keep among themselves."""
+    batches, stats = model.batch_stats, model.inference_stats
+    assert sum(batch.batch_size * batch.compute_infer.count for batch in batches) == model.inference_count
+    assert sum(batch.compute_infer.count for batch in batches) == model.execution_count
+    parts = (stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output)
+    assert {part.count for part in parts} == {stats.success.count}
+    assert sum(part.ns for part in parts) <= stats.success.ns
 
 
 def test_each_of_many_waiting_callers_gets_its_own_answer_in_full_batches(serve, repository):
@@ -334,6 +345,40 @@ def test_a_request_above_the_bound_of_the_queue_is_told_that_it_never_fits(serve
     assert answer_of(server.begin("ModelInfer", number(7))) == 7
 
 
+def test_a_client_that_vanishes_takes_its_waiting_requests_along_and_no_others(serve, repository):
+    add_echo(repository)
+    server = serve()
+    with held(server.model("echo")) as session:
+        first = occupy(server, session)
+        with grpc.insecure_channel(server.target) as vanishing:
+            method = vanishing.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            lost = [method.future(number(100 + value).SerializeToString()) for value in range(10)]
+            staying = [server.begin("ModelInfer", number(value)) for value in range(3)]
+            wait_until_queued(server, 13)
+        wait_until_queued(server, 3)
+        session.release()
+        assert sorted(answer_of(call) for call in (first, *staying)) == [-1, 0, 1, 2]
+        assert values_run(session) == [[-1], [0, 1, 2]]
+    assert all(call.code() is grpc.StatusCode.CANCELLED for call in lost)
+    assert outcomes_of(server) == {Outcome.OK: 4, Outcome.CANCELLED: 10}
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"GET / HTTP/1.1\r\n\r\n", PREFACE[:9], PREFACE, PREFACE + b"\xff" * 99, bytes(10_000)]
+)
+def test_a_peer_that_speaks_something_else_harms_nobody(garbage, serve, repository):
+    add_echo(repository)
+    server = serve()
+    host, _, port = server.target.rpartition(":")
+    for _ in range(5):
+        with socket.create_connection((host, int(port)), PATIENCE_S) as peer:
+            peer.sendall(garbage)
+    assert answer_of(server.begin("ModelInfer", number(7))) == 7
+
+
 def test_every_call_of_a_chaotic_mix_ends_once_and_is_counted_once(serve, repository):
     models.write_model(repository, "table", models.gather(), max_batch_size=4)
     server = serve(models={"queue_rows": 200})
@@ -438,5 +483,6 @@ def test_a_storm_of_clients_that_come_and_go_leaves_a_server_that_answers(serve,
         gone = ends.get(("ModelInfer", Code.CANCELLED), 0) + ends.get(("ModelInfer", Code.DEADLINE_EXCEEDED), 0)
         return sum(ends.values()), sum(model.statistics.outcomes().values()), gone
 
+    check_statistics(server.call("ModelStatistics", b"\x0a\x04slow").model_stats[0])
     # A client may be gone before its request is looked at, so that no model hears of it.
     eventually(lambda: 0 <= counted()[0] - counted()[1] <= counted()[2], "both sets of counters agree")
