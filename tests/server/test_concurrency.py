@@ -287,10 +287,10 @@ def test_a_request_whose_grpc_deadline_passes_never_runs(serve, repository):
         session.release()
         assert [answer_of(call) for call in (first, patient)] == [-1, 2]
         assert values_run(session) == [[-1], [2]]
-    assert server.server.transport.outcomes() == {
-        ("ModelInfer", Code.OK): 2,
-        ("ModelInfer", Code.DEADLINE_EXCEEDED): 1,
-    }
+    ends = dict(server.server.transport.outcomes())
+    assert ends.pop(("ModelInfer", Code.OK)) == 2
+    # The client gives up by its own clock, which may be a little before the time is up here.
+    assert ends in ({("ModelInfer", Code.DEADLINE_EXCEEDED): 1}, {("ModelInfer", Code.CANCELLED): 1})
     # Whoever noticed first, the timer or the client that left, counted it; the other one did not.
     outcomes = outcomes_of(server)
     assert outcomes.pop(Outcome.OK) == 2
