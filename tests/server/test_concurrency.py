@@ -212,14 +212,10 @@ def test_a_request_cancelled_while_its_batch_runs_leaves_the_others_answered(ser
 def test_a_value_that_fails_the_run_fails_its_own_request_only(guilty, serve, repository):
     models.write_model(repository, "table", models.gather((0, 10, 20, 30, 40, 50, 60, 70)), max_batch_size=16)
     server = serve()
-
-    def look_up(index):
-        return server.begin("ModelInfer", infer_request("table", {"INDEX": np.array([[index]], np.int64)}))
-
     with held(server.model("table")) as session:
-        first = look_up(0)
+        first = server.begin("ModelInfer", look_up(0))
         session.wait_for_runs(1)
-        calls = [look_up(99 if place in guilty else place) for place in range(8)]
+        calls = [server.begin("ModelInfer", look_up(99 if place in guilty else place)) for place in range(8)]
         wait_until_queued(server, 8, "table")
         session.release()
         assert answer_of(first) == 0
@@ -280,7 +276,7 @@ def test_a_request_whose_grpc_deadline_passes_never_runs(serve, repository):
     server = serve()
     with held(server.model("echo")) as session:
         first = occupy(server, session)
-        expiring = server.begin("ModelInfer", number(1), timeout_s=0.05)
+        expiring = server.begin("ModelInfer", number(1), timeout_s=0.25)
         patient = server.begin("ModelInfer", number(2))
         assert expiring.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         wait_until_queued(server, 1)
@@ -301,9 +297,9 @@ def test_a_timeout_counts_only_in_the_queue(serve, repository):
     add_echo(repository)
     server = serve()
     with held(server.model("echo")) as session:
-        running = server.begin("ModelInfer", number(1, parameters={"timeout": 1_000_000}))
+        running = server.begin("ModelInfer", number(1, parameters={"timeout": 400_000}))
         session.wait_for_runs(1)
-        waiting = server.begin("ModelInfer", number(2, parameters={"timeout": 1_000}))
+        waiting = server.begin("ModelInfer", number(2, parameters={"timeout": 500_000}))
         assert waiting.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         session.release()
         assert answer_of(running) == 1
@@ -379,67 +375,67 @@ def test_a_peer_that_speaks_something_else_harms_nobody(garbage, serve, reposito
     assert answer_of(server.begin("ModelInfer", number(7))) == 7
 
 
+def look_up(index: int, **how):
+    return infer_request("table", {"INDEX": np.array([[index]], np.int64)}, **how)
+
+
+MIX = {
+    "good": lambda: look_up(2),
+    "bad value": lambda: look_up(99),
+    "expiring": lambda: look_up(1, parameters={"timeout": 300_000}),
+    "leaving": lambda: look_up(0),
+    "invalid": lambda: infer_request("table", {"NOPE": np.zeros((1, 1), np.int64)}),
+    "no message": lambda: b"\xff",
+    "unknown": lambda: infer_request("nope", {}),
+}
+EACH = 20
+"""Requests of each kind."""
+
+
+def send_mix(server) -> dict[str, list]:
+    """The calls of each kind, sent in no order."""
+    order = [kind for kind in MIX for _ in range(EACH)]
+    np.random.default_rng(5).shuffle(order)
+    calls = {kind: [] for kind in MIX}
+    for kind in order:
+        calls[kind].append(server.begin("ModelInfer", MIX[kind]()))
+    return calls
+
+
+def codes_of(calls) -> set[grpc.StatusCode]:
+    return {call.code() for call in calls}
+
+
 def test_every_call_of_a_chaotic_mix_ends_once_and_is_counted_once(serve, repository):
     models.write_model(repository, "table", models.gather(), max_batch_size=4)
     server = serve(models={"queue_rows": 200})
-
-    def look_up(index, **how):
-        return infer_request("table", {"INDEX": np.array([[index]], np.int64)}, **how)
-
     with held(server.model("table")) as session:
         first = server.begin("ModelInfer", look_up(3))
         session.wait_for_runs(1)
-        kinds = {
-            "good": lambda: look_up(2),
-            "bad value": lambda: look_up(99),
-            "expiring": lambda: look_up(1, parameters={"timeout": 300_000}),
-            "leaving": lambda: look_up(0),
-            "invalid": lambda: infer_request("table", {"NOPE": np.zeros((1, 1), np.int64)}),
-            "no message": lambda: b"\xff",
-            "unknown": lambda: infer_request("nope", {}),
-        }
-        order = [kind for kind in kinds for _ in range(20)]
-        np.random.default_rng(5).shuffle(order)
-        calls = [(kind, server.begin("ModelInfer", kinds[kind]())) for kind in order]
-        by_kind = {kind: [call for of, call in calls if of == kind] for kind in kinds}
-        assert {call.code() for call in by_kind["expiring"]} == {grpc.StatusCode.DEADLINE_EXCEEDED}
-        wait_until_queued(server, 60, "table")
-        for call in by_kind["leaving"]:
+        mix = send_mix(server)
+        assert codes_of(mix["expiring"]) == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        wait_until_queued(server, 3 * EACH, "table")
+        for call in mix["leaving"]:
             call.cancel()
-        wait_until_queued(server, 40, "table")
-        fillers = [server.begin("ModelInfer", look_up(1)) for _ in range(160)]
+        wait_until_queued(server, 2 * EACH, "table")
+        fillers = [server.begin("ModelInfer", look_up(1)) for _ in range(200 - 2 * EACH)]
         wait_until_queued(server, 200, "table")
-        refused = [server.begin("ModelInfer", look_up(1)) for _ in range(20)]
-        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        refused = [server.begin("ModelInfer", look_up(1)) for _ in range(EACH)]
+        assert codes_of(refused) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         session.release()
         assert answer_of(first) == 30
-        assert {answer_of(call) for call in by_kind["good"]} == {20}
+        assert {answer_of(call) for call in mix["good"]} == {20}
         assert {answer_of(call) for call in fillers} == {10}
-        assert {call.code() for call in by_kind["bad value"]} == {grpc.StatusCode.INTERNAL}
-        assert {call.code() for call in by_kind["invalid"] + by_kind["no message"]} == {
-            grpc.StatusCode.INVALID_ARGUMENT
-        }
-        assert {call.code() for call in by_kind["unknown"]} == {grpc.StatusCode.NOT_FOUND}
-    assert server.server.transport.outcomes() == {
-        ("ModelInfer", code): count
-        for code, count in {
-            Code.OK: 181,
-            Code.INTERNAL: 20,
-            Code.DEADLINE_EXCEEDED: 20,
-            Code.CANCELLED: 20,
-            Code.INVALID_ARGUMENT: 40,
-            Code.NOT_FOUND: 20,
-            Code.RESOURCE_EXHAUSTED: 20,
-        }.items()
-    }
-    assert outcomes_of(server, "table") == {
-        Outcome.OK: 181,
-        Outcome.BACKEND_ERROR: 20,
-        Outcome.QUEUE_TIMEOUT: 20,
-        Outcome.CANCELLED: 20,
-        Outcome.INVALID: 20,
-        Outcome.QUEUE_FULL: 20,
-    }
+        assert codes_of(mix["bad value"]) == {grpc.StatusCode.INTERNAL}
+        assert codes_of(mix["invalid"] + mix["no message"]) == {grpc.StatusCode.INVALID_ARGUMENT}
+        assert codes_of(mix["unknown"]) == {grpc.StatusCode.NOT_FOUND}
+    answered = 1 + EACH + len(fillers)
+    ends = [Code.INTERNAL, Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.NOT_FOUND, Code.RESOURCE_EXHAUSTED]
+    by_code = {Code.OK: answered, Code.INVALID_ARGUMENT: 2 * EACH, **dict.fromkeys(ends, EACH)}
+    assert server.server.transport.outcomes() == {("ModelInfer", code): count for code, count in by_code.items()}
+    # A message that cannot be read and a model that is not there are no model's requests.
+    others = ["BACKEND_ERROR", "QUEUE_TIMEOUT", "CANCELLED", "INVALID", "QUEUE_FULL"]
+    assert outcomes_of(server, "table") == {Outcome.OK: answered, **{Outcome[name]: EACH for name in others}}
     assert len(server.model("table").queue) == 0
 
 

@@ -109,16 +109,16 @@ def test_each_deadline_that_passes_is_told_of_and_counted_once(no_errors_logged)
     handler = Handler()
     told = threading.Semaphore(0)
     with serving(handler) as (transport, channel):
-        for number in range(1, 11):
-            future = ask(channel, b"0", timeout_s=0.02)
+        for number in range(1, 4):
+            future = ask(channel, b"0", timeout_s=0.15)
             call = handler.wait_for(number)[-1]
-            assert 0 < call.deadline_ns - call.received_ns <= 21_000_000  # gRPC counts it in whole milliseconds
+            assert 0 < call.deadline_ns - call.received_ns <= 151_000_000  # gRPC counts it in whole milliseconds
             call.on_cancel = told.release
             assert told.acquire(timeout=PATIENCE_S)
             assert future.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
         # The client gives up by its own clock: on a busy machine that may be well before the time is up here.
         assert set(transport.outcomes()) <= {("Ask", Code.DEADLINE_EXCEEDED), ("Ask", Code.CANCELLED)}
-        assert sum(transport.outcomes().values()) == 10
+        assert sum(transport.outcomes().values()) == 3
 
 
 @pytest.mark.parametrize(("left_s", "code"), [
