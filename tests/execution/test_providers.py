@@ -266,6 +266,9 @@ def test_device_files_are_counted_where_the_driver_shows_no_list(tmp_path: Path)
 def install(site: Path, name: str, package: str) -> None:
     info = site / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
+    # Files that are listed but not there are left out of `Distribution.files` from Python 3.12 on.
+    (site / package).mkdir(exist_ok=True)
+    (site / package / "__init__.py").touch()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (info / "RECORD").write_text(f"{package}/__init__.py,,\n")
 
