@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import socket
 import threading
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from sluice_server.transport.call import ListenError
+from sluice_server.transport.listening import listen, reason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,11 +32,10 @@ class HttpListener:
 
     def __init__(self, app: Starlette, address: str, port: int) -> None:
         """Bind at once, or raise `ListenError`; port 0 takes any that is free."""
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
-            self.socket = socket.create_server((address, port), family=family)
+            self.socket = listen(address, port)
         except OSError as error:
-            raise ListenError(f"cannot listen on {address}:{port} for HTTP: {error.strerror or error}") from error
+            raise ListenError(f"cannot listen on {address}:{port} for HTTP: {reason(error)}") from error
         self.port: int = self.socket.getsockname()[1]
         config = uvicorn.Config(
             app,

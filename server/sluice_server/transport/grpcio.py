@@ -23,6 +23,7 @@ from sluice_server.status import OK, Code, Status
 from sluice_server.transport.call import Call, ListenError
 from sluice_server.transport.gathering import HOLD_NS, Gathering
 from sluice_server.transport.health import HealthService
+from sluice_server.transport.listening import check_address
 from sluice_server.transport.message import fit_message
 from sluice_server.transport.reflection import add_reflection
 
@@ -43,6 +44,11 @@ STREAMS_MAX = 8192
 
 BIND_TIMEOUT_S = 30.0
 """Binding takes milliseconds; past this the event loop is stuck and the start fails."""
+
+LAST_ENDS_S = 1.0
+"""How long calls that are failed because the server's time is up have to reach their clients."""
+
+_TIME_IS_UP = Status(Code.UNAVAILABLE, "the server has shut down before this call was finished")
 
 _CODES = {code: next(item for item in grpc.StatusCode if item.value[0] == code) for code in Code}
 
@@ -69,7 +75,7 @@ class GrpcioOptions:
 class GrpcioCall(Call):
     """One unary RPC of the grpcio server; its end is a future on the event loop."""
 
-    __slots__ = ("_context", "_transport", "ended", "future", "is_in_progress")
+    __slots__ = ("_context", "_transport", "ended", "future")
 
     def __init__(self, transport: GrpcioTransport, method: str, message: bytes, context: Any) -> None:
         self.method = method
@@ -78,7 +84,6 @@ class GrpcioCall(Call):
         remaining_s = context.time_remaining()
         self.deadline_ns = NO_DEADLINE if remaining_s is None else self.received_ns + int(remaining_s * 1e9)
         self.on_cancel = None
-        self.is_in_progress = False  # it has gone up
         self.ended = False
         self.future: asyncio.Future[tuple[Status, bytes]] = transport.loop.create_future()
         self._transport = transport
@@ -126,7 +131,7 @@ class GrpcioTransport:
         self._inbox: list[GrpcioCall] = []
         self._hold: asyncio.TimerHandle | None = None
         self._delivery_is_due = False
-        self._in_progress = 0
+        self._open: set[GrpcioCall] = set()
         self._outbox: collections.deque[tuple[GrpcioCall, Status, bytes]] = collections.deque()
         self._wake_is_due = False
         self._outcomes: collections.Counter[tuple[str, Code]] = collections.Counter()
@@ -200,8 +205,17 @@ class GrpcioTransport:
         self._endpoints = (self._bind(server),)
         await server.start()
         self._bound.set_result(None)
-        await server.stop(await self._stopping)
+        await self._end_all(server, await self._stopping)
         self._flush()
+
+    async def _end_all(self, server: grpc.aio.Server, grace_s: float) -> None:
+        """Let accepted calls finish; those that take too long get a status here, as gRPC would log a trace for each."""
+        self._health.close()
+        stopped = self.loop.create_task(server.stop(grace_s + LAST_ENDS_S))
+        await asyncio.wait({stopped}, timeout=grace_s)
+        for call in self._open:
+            self.end(call, _TIME_IS_UP, b"")
+        await stopped
 
     def _channel_args(self) -> list[tuple[str, int]]:
         return [
@@ -215,6 +229,7 @@ class GrpcioTransport:
 
     def _bind(self, server: grpc.aio.Server) -> str:
         address, tls = self._options.address, self._options.tls
+        check_address(address, reuse_port=self._options.reuse_port)
         try:
             if tls is None:
                 port = server.add_insecure_port(address)
@@ -224,7 +239,8 @@ class GrpcioTransport:
                 )
                 port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise ListenError(f"cannot listen on {address} for gRPC: is it in use, or not an address here?") from error
+            what = "the address" if tls is None else "the address, the certificate or the key"
+            raise ListenError(f"cannot listen on {address}: gRPC does not take {what}") from error
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
     def _rpc_handlers(self) -> grpc.GenericRpcHandler:
@@ -262,9 +278,9 @@ class GrpcioTransport:
 
     def _accept(self, call: GrpcioCall) -> None:
         self._inbox.append(call)
-        waiting = len(self._inbox)
-        self._gathering.arrived(call.received_ns, waiting + self._in_progress)
-        if self._gathering.holds(waiting):
+        self._open.add(call)
+        self._gathering.arrived(call.received_ns, len(self._open))
+        if self._gathering.holds(len(self._inbox)):
             if self._hold is None:
                 self._hold = self.loop.call_later(HOLD_NS / 1e9, self._deliver)
         elif not self._delivery_is_due:
@@ -279,9 +295,6 @@ class GrpcioTransport:
             self._hold = None
         calls = [call for call in self._inbox if not call.ended]
         self._inbox = []
-        for call in calls:
-            call.is_in_progress = True
-        self._in_progress += len(calls)
         self._handler(calls)
 
     def _flush(self) -> None:
@@ -307,6 +320,5 @@ class GrpcioTransport:
         call.ended = True
         call.on_cancel = None  # it leads back to the call: without it, memory is freed at once and not by the collector
         self._outcomes[call.method, code] += 1
-        if call.is_in_progress:
-            self._in_progress -= 1
+        self._open.discard(call)
         return False

@@ -28,6 +28,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {"": NOT_SERVING}
         self._watchers: set[asyncio.Event] = set()
+        self._closed = False
 
     def set_serving(self, service: str, *, serving: bool) -> None:
         """Change what a name is answered with; `notify`, on the event loop, then tells who watches."""
@@ -37,6 +38,11 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """Wake every watcher; each writes only if its own status differs from the last one it wrote."""
         for changed in self._watchers:
             changed.set()
+
+    def close(self) -> None:
+        """End every watch after the status of now, on the event loop: a watch must not hold the end of the server."""
+        self._closed = True
+        self.notify()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
@@ -58,10 +64,13 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         try:
             while True:
                 changed.clear()
+                closed = self._closed
                 status = self._statuses.get(request.service, SERVICE_UNKNOWN)
                 if status != last:
                     last = status
                     yield health_pb2.HealthCheckResponse(status=status)
+                if closed:
+                    return
                 await changed.wait()
         finally:
             self._watchers.discard(changed)

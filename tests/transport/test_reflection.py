@@ -1,0 +1,92 @@
+"""Server reflection, as grpcurl and others use it: the list of services, and descriptors that describe them fully."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.message_factory import GetMessageClass
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from support import models
+from support.fakes import PATIENCE_S
+from support.server import SERVICE, RunningServer, running, server_settings
+
+HEALTH = "grpc.health.v1.Health"
+REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
+
+
+@pytest.fixture(scope="module")
+def server(transport, tmp_path_factory) -> RunningServer:
+    repository = tmp_path_factory.mktemp("models")
+    models.write_model(repository, "echo", models.identity(), max_batch_size=8)
+    with running(server_settings(repository, http=None, metrics=None), transport) as server:
+        yield server
+
+
+def ask(server: RunningServer, **question: str) -> reflection_pb2.ServerReflectionResponse:
+    stub = reflection_pb2_grpc.ServerReflectionStub(server.channel)
+    (answer,) = stub.ServerReflectionInfo(
+        iter([reflection_pb2.ServerReflectionRequest(**question)]), timeout=PATIENCE_S
+    )
+    return answer
+
+
+def pool_of(server: RunningServer, symbol: str) -> descriptor_pool.DescriptorPool:
+    """A pool that knows nothing but what reflection told, dependencies asked for one by one as grpcurl does."""
+    pool = descriptor_pool.DescriptorPool()
+    files = [
+        descriptor_pb2.FileDescriptorProto.FromString(data)
+        for data in ask(server, file_containing_symbol=symbol).file_descriptor_response.file_descriptor_proto
+    ]
+    known = {file.name: file for file in files}
+    missing = [name for file in files for name in file.dependency if name not in known]
+    while missing:
+        answer = ask(server, file_by_filename=missing.pop()).file_descriptor_response
+        for file in map(descriptor_pb2.FileDescriptorProto.FromString, answer.file_descriptor_proto):
+            known.setdefault(file.name, file)
+            missing += [name for name in file.dependency if name not in known]
+
+    def add(name: str) -> None:
+        if (file := known.pop(name, None)) is not None:
+            for dependency in file.dependency:
+                add(dependency)
+            pool.Add(file)
+
+    for name in list(known):
+        add(name)
+    return pool
+
+
+def test_all_services_are_listed(server):
+    services = ask(server, list_services="").list_services_response.service
+    assert {service.name for service in services} == {SERVICE.full_name, HEALTH, REFLECTION}
+
+
+def test_the_descriptors_name_every_rpc_with_its_messages(server):
+    service = pool_of(server, SERVICE.full_name).FindServiceByName(SERVICE.full_name)
+    described = {(item.name, item.input_type.full_name, item.output_type.full_name) for item in service.methods}
+    assert described == {(item.name, item.input_type.full_name, item.output_type.full_name) for item in SERVICE.methods}
+    assert len(described) == 20
+
+
+def test_a_call_can_be_made_with_nothing_but_what_reflection_told(server):
+    pool = pool_of(server, SERVICE.full_name)
+    method = pool.FindServiceByName(SERVICE.full_name).FindMethodByName("ModelConfig")
+    request, answer = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+    call = server.channel.unary_unary(
+        f"/{SERVICE.full_name}/ModelConfig",
+        request_serializer=request.SerializeToString,
+        response_deserializer=answer.FromString,
+    )
+    assert call(request(name="echo"), timeout=PATIENCE_S).config.max_batch_size == 8
+
+
+@pytest.mark.parametrize("symbol", [HEALTH, "inference.ModelConfig", "inference.ModelInferRequest.InferInputTensor"])
+def test_other_symbols_are_found_too(symbol, server):
+    assert ask(server, file_containing_symbol=symbol).file_descriptor_response.file_descriptor_proto
+
+
+@pytest.mark.parametrize("question", [{"file_containing_symbol": "no.Such"}, {"file_by_filename": "no_such.proto"}])
+def test_what_is_not_there_is_an_error_in_the_answer(question, server):
+    error = ask(server, **question).error_response
+    assert error.error_code == grpc.StatusCode.NOT_FOUND.value[0]
