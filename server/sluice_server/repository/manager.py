@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import shutil
 import tempfile
 import threading
 import time
@@ -40,6 +39,12 @@ logger = logging.getLogger(__name__)
 
 LOAD_ALL = "*"
 """The name that `--load-model` takes for every model of the repositories."""
+
+UNLOADED = "unloaded"
+"""The reason of a version that was unloaded on purpose, as in Triton; such a version does not make a server unready."""
+
+UNEXPECTED = "Internal: unexpected error, the server's log has the details"
+"""The reason of a version whose load raised what it should not: what clients see is never the text of a bug."""
 
 
 class ControlMode(enum.StrEnum):
@@ -103,6 +108,17 @@ class _Entry:
     def served(self) -> dict[int, ServedModel]:
         return {number: item.model for number, item in self.versions.items() if item.model is not None}
 
+    def unload(self) -> dict[int, ServedModel]:
+        """Take the served versions out and give them; those that failed are forgiven. Others are on their way out."""
+        leaving = self.served()
+        for number, item in self.versions.items():
+            if item.model is not None:
+                self.versions[number] = _Version(State.UNLOADING)
+            elif item.state is State.UNAVAILABLE:
+                self.versions[number] = _Version(State.UNAVAILABLE, UNLOADED)
+        self.fingerprint = None
+        return leaving
+
     def all_ready(self) -> bool:
         return bool(self.versions) and all(item.state is State.READY for item in self.versions.values())
 
@@ -130,6 +146,7 @@ class ModelManager:
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._served: dict[tuple[str, str], ServedModel] = {}
+        self._retiring: set[ServedModel] = set()
         self._started = False
         self._draining = False
 
@@ -192,7 +209,7 @@ class ModelManager:
     @staticmethod
     def _is_settled(entry: _Entry) -> bool:
         """Ready, or unloaded on purpose."""
-        return all(item.state is not State.UNAVAILABLE or item.reason == "unloaded" for item in entry.versions.values())
+        return all(item.state is not State.UNAVAILABLE or item.reason == UNLOADED for item in entry.versions.values())
 
     def index(self, *, ready_only: bool = False) -> list[IndexEntry]:
         """RepositoryIndex: every model of the repositories or of the table, by name and version."""
@@ -211,29 +228,32 @@ class ModelManager:
 
     # --- life ------------------------------------------------------------------------------------------------------
 
-    def start(self, load_models: Iterable[str]) -> list[str]:
-        """Load what the control mode says; the names that failed, whose reasons are logged and in the index."""
+    def start(self, load_models: Iterable[str], should_stop: Callable[[], bool] = lambda: False) -> list[str]:
+        """Load what the control mode says; the names that failed, whose reasons are logged and in the index.
+
+        From when `should_stop` says so, no further load is begun.
+        """
         names = set(load_models)
         if self._mode is ControlMode.NONE or LOAD_ALL in names:
             names = set(self._repositories.scan())
+
+        def load(name: str) -> bool:
+            return should_stop() or self._load_at_start(name)
+
         with ThreadPoolExecutor(self._load_threads, thread_name_prefix="load") as pool:
-            failed = [
-                name
-                for name, ok in zip(sorted(names), pool.map(self._load_at_start, sorted(names)), strict=True)
-                if not ok
-            ]
-        self._started = True
-        self._on_readiness("", self.server_ready)
+            failed = [name for name, ok in zip(sorted(names), pool.map(load, sorted(names)), strict=True) if not ok]
+        self._started = not should_stop()
+        self._tell("", self.server_ready)
         return failed
 
     def _load_at_start(self, name: str) -> bool:
         try:
-            self._load(name, None)
+            self._load(name, Override())
         except SluiceError as error:
             reason = str(error)
             logger.error("model failed to load", extra={"model": name, "reason": reason})
         except Exception:
-            reason = "Internal: unexpected error, see the server's log"
+            reason = UNEXPECTED
             logger.exception("model failed to load", extra={"model": name})
         else:
             return True
@@ -251,9 +271,9 @@ class ModelManager:
         """
         self._require_explicit()
         try:
-            self._load(name, override)
+            self._load(name, override or Override())
         finally:
-            self._on_readiness("", self.server_ready)
+            self._tell("", self.server_ready)
 
     def unload(self, name: str) -> None:
         """Stop serving a model; returns at once, accepted requests are still answered. An unknown name is no error."""
@@ -264,27 +284,27 @@ class ModelManager:
             return
         with entry.loading:
             with self._lock:
-                old = entry.served()
-                for number, item in entry.versions.items():
-                    entry.versions[number] = _Version(State.UNLOADING if item.model else item.state, item.reason)
-                entry.fingerprint = None
+                leaving = entry.unload()
                 self._rebuild()
-            self._on_readiness(name, False)
-            for number, model in old.items():
+            self._tell(name, False)
+            for number, model in leaving.items():
                 self._retire(model, entry, number)
+        self._tell("", self.server_ready)
 
     def drain(self) -> None:
         """The server is ending: it is no longer ready, and its models take nothing new but finish what they have."""
         self._draining = True
-        self._on_readiness("", False)
+        self._tell("", False)
         for name in {model.interface.name for model in self.served()}:
-            self._on_readiness(name, False)
+            self._tell(name, False)
 
     def stop(self, timeout_s: float) -> bool:
         """Drain every queue and wait for the instances, for up to `timeout_s` in all; False when time ran out first."""
         models = self.served()
         for model in models:
             model.drain()
+        with self._lock:
+            models += self._retiring
         until = time.monotonic() + timeout_s
         finished = True
         for model in models:
@@ -304,40 +324,39 @@ class ModelManager:
         if self._draining:
             raise Unavailable("the server is shutting down")
 
-    def _load(self, name: str, override: Override | None) -> None:
-        scratch = None
+    def _tell(self, name: str, ready: bool) -> None:
+        # A load that ends while the server drains must not bring clients back.
+        self._on_readiness(name, ready and not self._draining)
+
+    def _load(self, name: str, override: Override) -> None:
         try:
-            if override is not None and override.files:
-                scratch = Path(tempfile.mkdtemp(prefix="sluice-model-"))
-            directory, config, fingerprint = self._read(name, override, scratch)
-            with self._lock:
-                entry = self._entries.setdefault(name, _Entry())
-            with entry.loading:
-                if override is None and entry.all_ready() and entry.fingerprint == fingerprint:
-                    return
-                self._load_versions(entry, directory, config)
-                # An override is never what is on disk, so that a plain load after it reads the disk again.
-                entry.fingerprint = fingerprint if override is None else None
+            config = None if override.config is None else parse_json(override.config)
+            if not override.files:
+                self._repositories.find(name)  # a name that is no model's must not leave an entry behind
+                self._load_entry(name, config, None)
+            elif config is None:
+                raise ConfigError("the files of a load call need its parameter 'config' too", model=name)
+            else:
+                with tempfile.TemporaryDirectory(prefix="sluice-model-", ignore_cleanup_errors=True) as scratch:
+                    self._load_entry(name, config, write_override(name, override.files, Path(scratch)))
         except ConfigError as error:
             raise Internal(f"failed to load '{name}', failed to poll from model repository: {error}") from error
-        finally:
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
 
-    def _read(
-        self, name: str, override: Override | None, scratch: Path | None
-    ) -> tuple[ModelDirectory, ModelConfig | None, Hashable]:
-        """The directory to load from, the configuration as written, and what identifies both."""
-        config = parse_json(override.config) if override is not None and override.config is not None else None
-        if override is not None and scratch is not None:
-            if config is None:
-                raise ConfigError("the files of a load call need its parameter 'config' too", model=name)
-            return write_override(name, override.files, scratch), config, None
-        directory = self._repositories.find(name)
-        fingerprint = directory.fingerprint()
-        if config is None and directory.config_path is not None:
-            config = read_config(directory.config_path)
-        return directory, config, fingerprint
+    def _load_entry(self, name: str, config: ModelConfig | None, uploaded: ModelDirectory | None) -> None:
+        """Load what is on disk, or else was brought along: a configuration, or a whole directory with it."""
+        with self._lock:
+            entry = self._entries.setdefault(name, _Entry())
+        with entry.loading:
+            # Read only now: what was on disk before another load of this model had its turn may be out of date.
+            directory = uploaded or self._repositories.find(name)
+            # An override is never what is on disk, so that a plain load after it reads the disk again.
+            fingerprint = directory.fingerprint() if config is None else None
+            if fingerprint is not None and entry.fingerprint == fingerprint and entry.all_ready():
+                return
+            if config is None and directory.config_path is not None:
+                config = read_config(directory.config_path)
+            self._load_versions(entry, directory, config)
+            entry.fingerprint = fingerprint
 
     def _load_versions(self, entry: _Entry, directory: ModelDirectory, config: ModelConfig | None) -> None:
         name = directory.name
@@ -365,8 +384,12 @@ class ModelManager:
                         raise
                     family = "Invalid argument" if isinstance(error, InvalidArgument) else "Internal"
                     failed[number] = f"{family}: {error}"
+            if not (failed and replacing):
+                for model in loaded.values():
+                    model.start()
         except BaseException as error:
-            self._give_up(entry, loaded, dict.fromkeys(numbers, str(error)), replacing=replacing)
+            reason = str(error) if isinstance(error, SluiceError) else UNEXPECTED
+            self._give_up(entry, loaded, dict.fromkeys(numbers, reason), replacing=replacing)
             raise
         if failed and replacing:
             self._give_up(entry, loaded, failed, replacing=True)
@@ -387,8 +410,6 @@ class ModelManager:
                 entry.versions = {number: _Version(State.UNAVAILABLE, text) for number, text in reasons.items()}
 
     def _swap(self, name: str, entry: _Entry, loaded: dict[int, ServedModel], failed: dict[int, str]) -> None:
-        for model in loaded.values():
-            model.start()
         with self._lock:
             old = entry.served()
             entry.versions = {
@@ -399,7 +420,7 @@ class ModelManager:
             self._rebuild()
         for number, model in sorted(loaded.items()):
             logger.info("model is ready", extra={"model": name, "version": number, **model.properties})
-        self._on_readiness(name, bool(loaded))
+        self._tell(name, bool(loaded))
         for number, model in old.items():
             self._retire(model, entry, number)
 
@@ -414,12 +435,16 @@ class ModelManager:
     def _retire(self, model: ServedModel, entry: _Entry, number: int) -> None:
         """Let a version that was taken out of the table finish, on a thread of its own."""
         model.drain()
+        with self._lock:
+            leaving = entry.versions.get(number)
+            self._retiring.add(model)
 
         def wait() -> None:
             model.join(None)
             with self._lock:
-                item = entry.versions.get(number)
-                if item is not None and item.state is State.UNLOADING:
-                    entry.versions[number] = _Version(State.UNAVAILABLE, "unloaded")
+                self._retiring.discard(model)
+                # Unless it was loaded again meanwhile, and perhaps unloaded again: then somebody else waits for that.
+                if leaving is not None and leaving is entry.versions.get(number) and leaving.state is State.UNLOADING:
+                    entry.versions[number] = _Version(State.UNAVAILABLE, UNLOADED)
 
         threading.Thread(target=wait, name=f"retire-{model.interface.name}", daemon=True).start()
