@@ -17,8 +17,9 @@ CALLS_MAX = 64
 SMOOTHING = 16
 """Weight of the past in both means: load is recognised, and forgotten, within some 16 calls."""
 
-FAST_GAP_NS = HOLD_NS // 2
-"""Calls closer together than this bring at least two others within one hold."""
+FAST_GAP_NS = HOLD_NS
+"""Calls closer together than this bring at least one other within a hold. Not less: without holds a slow machine is
+saturated at 2,000 small calls a second, and would never come to know how much more it can do with them."""
 
 COMPANY_MIN = 2.5
 """Mean calls in the server, the new one included, from which on holding pays: two clients never make more than 2."""
