@@ -1,66 +1,83 @@
-"""When arrived calls are held for company: traces of arrivals under a virtual clock."""
+"""When arrived calls are held for company: traces of arrivals, and of a loop that is busy or has time."""
 
 import pytest
-from sluice_server.transport.gathering import CALLS_MAX, HOLD_NS, SMOOTHING, Gathering
+from sluice_server.transport.gathering import CALLS_MAX, SAMPLE_CALLS, Gathering
 
 MS = 1_000_000
 
 
-def after(gathering: Gathering, *, arrivals: int, gap_ns: int, company: int, start_ns: int = 10**12) -> int:
-    """Let calls arrive evenly; gives the time of the last one."""
-    for number in range(arrivals):
-        gathering.arrived(start_ns + number * gap_ns, company)
-    return start_ns + (arrivals - 1) * gap_ns
+class Traffic:
+    """Feeds arrivals, with a clock that goes 1 ms per call and a CPU clock that goes `load` times as fast."""
+
+    def __init__(self) -> None:
+        self.gathering = Gathering()
+        self.now_ns = self.cpu_ns = 10**12
+
+    def calls(self, number: int, *, company: int, load: float) -> None:
+        for _ in range(number):
+            self.now_ns += MS
+            self.cpu_ns += int(load * MS)
+            if self.gathering.arrived(company):
+                self.gathering.sampled(self.now_ns, self.cpu_ns)
 
 
 def test_the_first_call_of_an_idle_server_is_not_held() -> None:
     gathering = Gathering()
-    gathering.arrived(10**12, 1)
+    gathering.arrived(1)
     assert not gathering.holds(1)
 
 
-def test_many_calls_in_fast_traffic_are_held() -> None:
-    gathering = Gathering()
-    after(gathering, arrivals=200, gap_ns=MS // 5, company=6)
-    assert gathering.holds(1)
+def test_many_calls_on_a_busy_loop_are_held() -> None:
+    traffic = Traffic()
+    traffic.calls(200, company=6, load=0.9)
+    assert traffic.gathering.holds(1)
 
 
-def test_a_lone_client_is_never_held_however_fast_it_calls() -> None:
-    gathering = Gathering()
-    after(gathering, arrivals=5000, gap_ns=MS // 10, company=1)
-    assert not gathering.holds(1)
+def test_nobody_is_held_while_the_loop_has_time_even_when_the_models_are_slow() -> None:
+    traffic = Traffic()
+    traffic.calls(500, company=50, load=0.3)
+    assert not traffic.gathering.holds(1)
 
 
-def test_two_clients_that_take_turns_are_not_held() -> None:
-    gathering = Gathering()
-    for number in range(1000):
-        gathering.arrived(10**12 + number * MS // 4, 1 + number % 2)
-        assert not gathering.holds(1)
+@pytest.mark.parametrize("clients", [1, 2])
+def test_one_client_or_two_are_never_held_however_busy_the_loop_is(clients: int) -> None:
+    traffic = Traffic()
+    traffic.calls(5000, company=clients, load=1.0)
+    assert not traffic.gathering.holds(1)
 
 
-def test_slow_traffic_is_not_held_even_when_the_models_are_slow() -> None:
-    gathering = Gathering()
-    after(gathering, arrivals=500, gap_ns=2 * MS, company=50)
-    assert not gathering.holds(1)
+def test_calls_go_when_as_many_have_come_as_were_lately_in_the_server() -> None:
+    traffic = Traffic()
+    traffic.calls(200, company=8, load=0.9)
+    assert traffic.gathering.holds(7)
+    assert not traffic.gathering.holds(8)
 
 
 def test_a_full_list_goes_without_waiting() -> None:
-    gathering = Gathering()
-    after(gathering, arrivals=200, gap_ns=MS // 10, company=40)
-    assert gathering.holds(CALLS_MAX - 1)
-    assert not gathering.holds(CALLS_MAX)
+    traffic = Traffic()
+    traffic.calls(200, company=1000, load=0.9)
+    assert traffic.gathering.holds(CALLS_MAX - 1)
+    assert not traffic.gathering.holds(CALLS_MAX)
 
 
-def test_load_is_recognised_soon_after_a_silence_of_any_length() -> None:
-    gathering = Gathering()
-    last_ns = after(gathering, arrivals=200, gap_ns=MS // 10, company=10)
-    after(gathering, arrivals=8 * SMOOTHING, gap_ns=MS // 10, company=10, start_ns=last_ns + 3600 * 1000 * MS)
-    assert gathering.holds(1)
+def test_load_is_recognised_within_two_looks_at_the_clocks_after_any_silence() -> None:
+    traffic = Traffic()
+    traffic.calls(200, company=1, load=0.01)
+    traffic.now_ns += 3600 * 1000 * MS
+    traffic.calls(2 * SAMPLE_CALLS, company=10, load=0.9)
+    assert traffic.gathering.holds(1)
 
 
-@pytest.mark.parametrize("company", [1, 2])
-def test_load_is_forgotten_when_the_clients_leave(company: int) -> None:
-    gathering = Gathering()
-    last_ns = after(gathering, arrivals=200, gap_ns=MS // 10, company=30)
-    after(gathering, arrivals=8 * SMOOTHING, gap_ns=HOLD_NS // 4, company=company, start_ns=last_ns + MS)
-    assert gathering.holds(1) is False
+def test_load_is_forgotten_when_the_clients_leave() -> None:
+    traffic = Traffic()
+    traffic.calls(200, company=30, load=0.9)
+    traffic.calls(2 * SAMPLE_CALLS, company=1, load=0.9)
+    assert not traffic.gathering.holds(1)
+
+
+def test_the_peak_of_the_past_is_forgotten_so_that_few_clients_do_not_wait_for_many() -> None:
+    traffic = Traffic()
+    traffic.calls(200, company=60, load=0.9)
+    traffic.calls(300, company=4, load=0.9)
+    assert traffic.gathering.holds(3)
+    assert not traffic.gathering.holds(4)

@@ -2,51 +2,58 @@
 
 Each list that goes up costs a fixed amount (waking an instance, running the model, waking the event loop), and under
 load a list of one costs the server as much as all the rest of its request. So, in the spirit of Nagle's algorithm for
-small packets: while calls come fast, and several are in the server at a time, the first one of a list waits for company
-for `HOLD_NS`. A lone client, or slow traffic, is never held.
+small packets: while the event loop is what limits the server, and several calls are in the server at a time, the first
+call of a list waits for company. It waits until as many have come as were lately in the server at once, for then
+nobody is left to come, and for `HOLD_NS` at most. A lone client is never held, nor is anybody while the loop has time.
 """
 
 from __future__ import annotations
 
-HOLD_NS = 1_000_000
-"""The longest hold: 1 ms, the event loop's own timer resolution and well below a loaded server's latency."""
+HOLD_NS = 2_000_000
+"""The longest hold: 2 ms, a fraction of the latency that a saturated event loop has anyway."""
 
 CALLS_MAX = 64
 """As many calls go up without further waiting: by then the fixed cost is spread thinly enough."""
 
-SMOOTHING = 16
-"""Weight of the past in both means: load is recognised, and forgotten, within some 16 calls."""
-
-FAST_GAP_NS = HOLD_NS
-"""Calls closer together than this bring at least one other within a hold. Not less: without holds a slow machine is
-saturated at 2,000 small calls a second, and would never come to know how much more it can do with them."""
-
 COMPANY_MIN = 2.5
 """Mean calls in the server, the new one included, from which on holding pays: two clients never make more than 2."""
 
-_SLOWEST_GAP_NS = SMOOTHING * HOLD_NS
+BUSY_MIN = 0.5
+"""Share of the time that the loop's thread computes, from which on the loop is the limit. Less than it seems: on a
+machine that is busy with other things the thread often waits for a core."""
+
+SAMPLE_CALLS = 32
+"""Calls between two looks at the clocks: cheap, and load is recognised, and forgotten, within some 64 calls."""
+
+_SMOOTHING = 16
+_PEAK_DECAY = 1 / 64  # per call: the peak of the past is forgotten about as soon as the rest
 
 
 class Gathering:
-    """Tracks arrivals. `now_ns` is an argument and never goes backwards."""
+    """Tracks arrivals and the loop's load; the clocks are arguments."""
 
-    __slots__ = ("_last_ns", "_mean_company", "_mean_gap_ns")
+    __slots__ = ("_busy", "_calls", "_cpu_ns", "_mean_company", "_now_ns", "_peak_company")
 
     def __init__(self) -> None:
-        self._last_ns = 0
-        self._mean_company = 0.0
-        self._mean_gap_ns = float(_SLOWEST_GAP_NS)
+        self._calls = self._now_ns = self._cpu_ns = 0
+        self._busy = False
+        self._mean_company = self._peak_company = 0.0
 
-    def arrived(self, now_ns: int, company: int) -> None:
+    def arrived(self, company: int) -> bool:
         """Note one arrival; `company` is how many calls are in the server with it, itself included.
 
-        A long silence counts as one gap of a bounded length, so that it is soon forgotten when calls are fast.
+        True means that a look at the clocks is due: call `sampled`.
         """
-        gap_ns = min(now_ns - self._last_ns, _SLOWEST_GAP_NS)
-        self._last_ns = now_ns
-        self._mean_gap_ns += (gap_ns - self._mean_gap_ns) / SMOOTHING
-        self._mean_company += (company - self._mean_company) / SMOOTHING
+        self._mean_company += (company - self._mean_company) / _SMOOTHING
+        self._peak_company = max(company, self._peak_company - self._peak_company * _PEAK_DECAY)
+        self._calls += 1
+        return self._calls % SAMPLE_CALLS == 0
+
+    def sampled(self, now_ns: int, cpu_ns: int) -> None:
+        """Take the time, and the CPU time of the loop's thread, both since whenever."""
+        self._busy = cpu_ns - self._cpu_ns > BUSY_MIN * (now_ns - self._now_ns)
+        self._now_ns, self._cpu_ns = now_ns, cpu_ns
 
     def holds(self, waiting: int) -> bool:
         """Whether `waiting` calls should stay for company."""
-        return waiting < CALLS_MAX and self._mean_gap_ns < FAST_GAP_NS and self._mean_company > COMPANY_MIN
+        return self._busy and self._mean_company > COMPANY_MIN and waiting < min(self._peak_company, CALLS_MAX)

@@ -279,7 +279,8 @@ class GrpcioTransport:
     def _accept(self, call: GrpcioCall) -> None:
         self._inbox.append(call)
         self._open.add(call)
-        self._gathering.arrived(call.received_ns, len(self._open))
+        if self._gathering.arrived(len(self._open)):
+            self._gathering.sampled(call.received_ns, time.thread_time_ns())
         if self._gathering.holds(len(self._inbox)):
             if self._hold is None:
                 self._hold = self.loop.call_later(HOLD_NS / 1e9, self._deliver)
