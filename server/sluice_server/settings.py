@@ -31,7 +31,7 @@ UNIX_PREFIX = "unix:"
 
 @dataclass(frozen=True, slots=True)
 class GrpcSettings:
-    """The gRPC listener. `address` is a host, or `unix:PATH` (the port is then without meaning)."""
+    """The gRPC listener. `address` is a host, an IPv6 address, or `unix:PATH` (the port is then without meaning)."""
 
     address: str = "0.0.0.0"  # noqa: S104 - as in Triton: clients are on other hosts
     port: int = 8001
@@ -44,7 +44,9 @@ class GrpcSettings:
     @property
     def target(self) -> str:
         """The address as gRPC wants it."""
-        return self.address if self.address.startswith(UNIX_PREFIX) else f"{self.address}:{self.port}"
+        if self.address.startswith(UNIX_PREFIX):
+            return self.address
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ REFUSED: dict[str, str] = {
     "--grpc-restricted-protocol": "restricting protocols by header is not there yet",
     "--host-policy": "host policies are not there",
     "--http-header-forward-pattern": "headers are not forwarded to models",
+    "--http-max-input-size": "REST inference is not there yet",
     "--http-restricted-api": "restricting protocols by header is not there yet",
     "--http-thread-count": "one event loop takes all HTTP requests",
     "--metrics-config": "the metrics are fixed",
@@ -128,8 +131,19 @@ REFUSED: dict[str, str] = {
     "--repository-poll-secs": "the control mode 'poll' is not there yet",
     "--response-cache-byte-size": "the response cache is not there yet",
     "--reuse-http-port": "HTTP ports are not shared",
+    "--sagemaker-port": "the SageMaker front end is not there",
+    "--sagemaker-safe-port-range": "the SageMaker front end is not there",
+    "--sagemaker-thread-count": "the SageMaker front end is not there",
     "--strict-model-config": "it is deprecated in Triton: use --disable-auto-complete-config",
     "--trace-config": "Triton's trace modes are not there yet: set OTEL_EXPORTER_OTLP_ENDPOINT for OpenTelemetry",
+    "--trace-count": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
+    "--trace-file": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
+    "--trace-level": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
+    "--trace-log-frequency": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
+    "--trace-rate": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
+    "--vertex-ai-default-model": "the Vertex AI front end is not there",
+    "--vertex-ai-port": "the Vertex AI front end is not there",
+    "--vertex-ai-thread-count": "the Vertex AI front end is not there",
 }
 """Triton's flags that this version does not have, with the reason."""
 
@@ -137,7 +151,7 @@ REFUSED: dict[str, str] = {
 _CHANNEL_FLAGS: dict[str, tuple[str, str]] = {
     "--grpc-keepalive-time": ("grpc.keepalive_time_ms", "milliseconds of silence before a keepalive ping"),
     "--grpc-keepalive-timeout": ("grpc.keepalive_timeout_ms", "milliseconds to wait for the answer to a ping"),
-    "--grpc-keepalive-permit-without-calls": ("grpc.keepalive_permit_without_calls", "1 pings idle connections too"),
+    "--grpc-keepalive-permit-without-calls": ("grpc.keepalive_permit_without_calls", "ping idle connections too"),
     "--grpc-http2-max-pings-without-data": ("grpc.http2.max_pings_without_data", "pings without data in between"),
     "--grpc-http2-min-recv-ping-interval-without-data": (
         "grpc.http2.min_ping_interval_without_data_ms",
@@ -150,6 +164,10 @@ _CHANNEL_FLAGS: dict[str, tuple[str, str]] = {
         "milliseconds for its calls to end after that",
     ),
 }
+
+
+_CHANNEL_SWITCHES = ("--grpc-keepalive-permit-without-calls",)
+"""Those that take true or false instead of a number."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -247,7 +265,10 @@ def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
     add("--grpc-server-key", type=Path, metavar="FILE", help="the server's key, PEM")
     add("--grpc-root-cert", type=Path, metavar="FILE", help="whom clients' certificates must be signed by, PEM")
     for flag, (_, what) in _CHANNEL_FLAGS.items():
-        add(flag, type=int, metavar="N", help=what)
+        if flag in _CHANNEL_SWITCHES:
+            add(flag, type=_flag_bool, metavar="true|false", help=what)
+        else:
+            add(flag, type=int, metavar="N", help=what)
 
 
 def _add_life_flags(parser: argparse.ArgumentParser) -> None:
@@ -316,7 +337,9 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
 
 
 def _address(given: str | None) -> str:
-    return given or "0.0.0.0"  # noqa: S104 - as in Triton: clients are on other hosts
+    if not given:
+        return "0.0.0.0"  # noqa: S104 - as in Triton: clients are on other hosts
+    return given[1:-1] if given.startswith("[") and given.endswith("]") else given
 
 
 def _metrics_settings(args: argparse.Namespace) -> HttpSettings | None:
@@ -345,7 +368,7 @@ def _grpc_settings(args: argparse.Namespace) -> GrpcSettings:
         key=args.grpc_server_key if tls else None,
         client_roots=args.grpc_root_cert if args.grpc_use_ssl_mutual else None,
         channel_args=tuple(
-            (argument, value)
+            (argument, int(value))
             for flag, (argument, _) in _CHANNEL_FLAGS.items()
             if (value := getattr(args, flag.removeprefix("--").replace("-", "_"))) is not None
         ),

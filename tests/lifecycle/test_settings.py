@@ -1,0 +1,180 @@
+"""`sluice serve`'s command line: what each flag becomes, and what is refused by name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+from sluice_server import settings
+from sluice_server.repository.manager import ControlMode
+from sluice_server.settings import REFUSED, HttpSettings, SettingsError, parse_serve
+
+REPOSITORY = "--model-repository=/models"
+
+TLS = ["--grpc-server-cert=c.pem", "--grpc-server-key=k.pem"]
+
+# (flags, where in the settings, what stands there)
+FLAGS = [
+    ([], "models.repositories", (Path("/models"),)),
+    (["--model-repository=/more"], "models.repositories", (Path("/models"), Path("/more"))),
+    (["--model-store", "/more"], "models.repositories", (Path("/models"), Path("/more"))),
+    ([], "models.control_mode", ControlMode.NONE),
+    (["--model-control-mode=none"], "models.control_mode", ControlMode.NONE),
+    (["--model-control-mode=explicit"], "models.control_mode", ControlMode.EXPLICIT),
+    (["--model-control-mode=explicit", "--load-model=a", "--load-model=b"], "models.load_models", ("a", "b")),
+    (["--model-control-mode", "explicit", "--load-model", "*"], "models.load_models", ("*",)),
+    ([], "models.load_threads", 4),
+    (["--model-load-thread-count=2"], "models.load_threads", 2),
+    (["--model-load-thread-count=0"], "models.load_threads", 1),
+    ([], "models.auto_complete", True),
+    (["--disable-auto-complete-config"], "models.auto_complete", False),
+    ([], "models.default_max_batch_size", 4),
+    (["--backend-config=onnxruntime,default-max-batch-size=16"], "models.default_max_batch_size", 16),
+    (["--backend-config", ",default-max-batch-size=0"], "models.default_max_batch_size", 0),
+    ([], "models.allow_provider_fallback", False),
+    (["--allow-provider-fallback"], "models.allow_provider_fallback", True),
+    ([], "models.queue_rows", settings.QUEUE_ROWS_DEFAULT),
+    (["--default-queue-rows=0"], "models.queue_rows", 0),
+    (["--default-queue-bytes=1024"], "models.queue_bytes", 1024),
+    ([], "grpc.target", "0.0.0.0:8001"),
+    (["--grpc-address=127.0.0.1", "--grpc-port=1"], "grpc.target", "127.0.0.1:1"),
+    (["--grpc-address=::1"], "grpc.target", "[::1]:8001"),
+    (["--grpc-address=[::]"], "grpc.target", "[::]:8001"),
+    (["--grpc-address=unix:/run/sluice"], "grpc.target", "unix:/run/sluice"),
+    ([], "grpc.reuse_port", False),
+    (["--reuse-grpc-port=true"], "grpc.reuse_port", True),
+    (TLS, "grpc.certificate", None),
+    ([*TLS, "--grpc-use-ssl=true"], "grpc.certificate", Path("c.pem")),
+    ([*TLS, "--grpc-use-ssl=true"], "grpc.key", Path("k.pem")),
+    ([*TLS, "--grpc-use-ssl=true", "--grpc-root-cert=r.pem"], "grpc.client_roots", None),
+    ([*TLS, "--grpc-use-ssl-mutual=true", "--grpc-root-cert=r.pem"], "grpc.client_roots", Path("r.pem")),
+    ([], "grpc.channel_args", ()),
+    (["--grpc-keepalive-time=7000"], "grpc.channel_args", (("grpc.keepalive_time_ms", 7000),)),
+    (
+        ["--grpc-keepalive-permit-without-calls=true"],
+        "grpc.channel_args",
+        (("grpc.keepalive_permit_without_calls", 1),),
+    ),
+    (["--grpc-max-connection-age=5"], "grpc.channel_args", (("grpc.max_connection_age_ms", 5),)),
+    ([], "http", HttpSettings("0.0.0.0", 8000)),
+    (["--http-address=::1", "--http-port=0"], "http", HttpSettings("::1", 0)),
+    (["--http-address=[::1]"], "http.address", "::1"),
+    (["--allow-http=false"], "http", None),
+    ([], "metrics", HttpSettings("0.0.0.0", 8002)),
+    (["--http-address=10.0.0.1"], "metrics", HttpSettings("10.0.0.1", 8002)),
+    (["--http-address=10.0.0.1", "--metrics-address=::", "--metrics-port=1"], "metrics", HttpSettings("::", 1)),
+    (["--allow-metrics=0"], "metrics", None),
+    (["--allow-grpc=true"], "grpc.port", 8001),
+    ([], "server_id", "triton"),
+    (["--id=mine"], "server_id", "mine"),
+    ([], "exit_on_error", True),
+    (["--exit-on-error=false"], "exit_on_error", False),
+    ([], "strict_readiness", True),
+    (["--strict-readiness=FALSE"], "strict_readiness", False),
+    ([], "exit_timeout_s", 30.0),
+    (["--exit-timeout-secs=0"], "exit_timeout_s", 0.0),
+    ([], "triton_status_codes", False),
+    (["--status-codes=triton"], "triton_status_codes", True),
+    ([], "allow_any_control", False),
+    (["--allow-control=any"], "allow_any_control", True),
+    ([], "log.format", "default"),
+    (["--log-format=json"], "log.format", "json"),
+    (["--log-info=false"], "log.info", False),
+    (["--log-warning=off"], "log.warning", False),
+    (["--log-error=0"], "log.error", False),
+    (["--log-verbose=2"], "log.verbose_level", 2),
+    (["--log-file=/var/log/sluice"], "log.file", Path("/var/log/sluice")),
+]
+
+WRONG = [
+    (["--grpc-port=65536"], "--grpc-port"),
+    (["--grpc-port=-1"], "--grpc-port"),
+    (["--http-port=abc"], "--http-port"),
+    (["--metrics-port="], "--metrics-port"),
+    (["--grpc-port"], "--grpc-port"),
+    (["--exit-timeout-secs=1.5"], "--exit-timeout-secs"),
+    (["--exit-timeout-secs=-1"], "--exit-timeout-secs"),
+    (["--strict-readiness=maybe"], "--strict-readiness"),
+    (["--exit-on-error=2"], "--exit-on-error"),
+    (["--default-queue-rows=many"], "--default-queue-rows"),
+    (["--model-control-mode=sometimes"], "--model-control-mode"),
+    (["--model-control-mode=poll"], "--model-control-mode=poll"),
+    (["--load-model=a"], "--load-model"),
+    (["--allow-grpc=false"], "--allow-grpc"),
+    (["--log-format=xml"], "--log-format"),
+    (["--status-codes=other"], "--status-codes"),
+    (["--allow-control=some"], "--allow-control"),
+    (["--grpc-use-ssl=true"], "--grpc-server-cert"),
+    (["--grpc-use-ssl=true", "--grpc-server-cert=c"], "--grpc-server-key"),
+    ([*TLS, "--grpc-use-ssl-mutual=true"], "--grpc-root-cert"),
+    (["--grpc-keepalive-time=true"], "--grpc-keepalive-time"),
+    (["--backend-config=tensorflow,version=2"], "--backend-config=tensorflow,version=2"),
+    (["--backend-config=onnxruntime,other=1"], "onnxruntime,other=1"),
+    (["--backend-config=onnxruntime,default-max-batch-size=x"], "default-max-batch-size"),
+    (["--backend-config=onnxruntime,default-max-batch-size=-1"], "default-max-batch-size"),
+    (["--grpc-por=1"], "--grpc-por"),
+    (["--no-such-flag=1"], "--no-such-flag"),
+    (["stray"], "stray"),
+]
+
+
+@pytest.mark.parametrize(("flags", "where", "expected"), FLAGS, ids=lambda value: str(value)[:60])
+def test_each_flag_is_found_in_the_settings(flags, where, expected):
+    value: object = parse_serve([REPOSITORY, *flags])
+    for name in where.split("."):
+        value = getattr(value, name)
+    assert value == expected
+
+
+@pytest.mark.parametrize(("flags", "named"), WRONG, ids=lambda value: str(value)[:60])
+def test_what_cannot_be_used_is_named(flags, named):
+    with pytest.raises(SettingsError) as caught:
+        parse_serve([REPOSITORY, *flags])
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_repository_is_needed():
+    with pytest.raises(SettingsError, match="--model-repository"):
+        parse_serve([])
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+@pytest.mark.parametrize("form", ["{}", "{}=1"])
+def test_a_flag_of_triton_that_is_not_there_is_refused_with_the_reason(flag, form):
+    with pytest.raises(SettingsError) as caught:
+        parse_serve([REPOSITORY, form.format(flag)])
+    assert str(caught.value) == f"{flag} is a flag of Triton that is not implemented here: {REFUSED[flag]}"
+
+
+def test_no_flag_is_both_there_and_refused():
+    there = {option for action in actions() for option in action.option_strings}
+    assert not there & set(REFUSED)
+    assert list(REFUSED) == sorted(REFUSED)
+
+
+def test_every_flag_is_tried_here_and_explained_in_the_help():
+    tried = {flag.partition("=")[0] for flags, *_ in [*FLAGS, *WRONG] for flag in flags}
+    channel = set(settings._CHANNEL_FLAGS)
+    assert {"--help", *tried, *channel} >= {action.option_strings[-1] for action in actions()} - {"--model-store"}
+    assert all(action.help for action in actions())
+
+
+def test_the_help_ends_well_and_names_the_defaults(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_serve(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for expected in ("usage: sluice serve", "--model-repository", "8001", "8000", "8002", "--exit-timeout-secs"):
+        assert expected in text
+
+
+def test_settings_do_not_change():
+    parsed = parse_serve([REPOSITORY])
+    with pytest.raises(AttributeError):
+        parsed.server_id = "other"  # type: ignore[misc]
+
+
+def actions() -> list[argparse.Action]:
+    return settings._serve_parser()._actions
