@@ -18,7 +18,10 @@ from sluice_server.settings import ModelSettings, SettingsError, parse_serve
 from sluice_server.transport import ListenError
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Sequence
+
+    from sluice_server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -29,26 +32,30 @@ def serve(argv: Sequence[str]) -> int:
         settings = parse_serve(argv)
     except SettingsError as error:
         return _say("serve", error, code=2)
+    with termination() as asked:
+        return _serve(settings, asked)
+
+
+def _serve(settings: ServerSettings, asked_to_end: threading.Event) -> int:
     try:
         configure(settings.log)
         check_runtime()
         server = Server(settings, os.environ)
     except (ListenError, OSError, SluiceError, StartError, TracingError) as error:
         return _say("serve", error)
-    finished = True
-    with termination() as asked:
-        try:
-            server.start()
-            asked.wait()
-        except (ListenError, StartError) as error:
-            return _say("serve", error)
-        finally:
-            finished = server.stop()
+    code, finished = 0, True
+    try:
+        server.start(asked_to_end.is_set)
+        asked_to_end.wait()
+    except (ListenError, SluiceError, StartError) as error:
+        code = _say("serve", error)
+    finally:
+        finished = server.stop()
     if not finished:
-        # A run that does not end must not keep the process alive: its thread cannot be stopped from here.
+        # A run or a load that does not end must not keep the process alive: its thread cannot be stopped from here.
         logging.shutdown()
-        os._exit(0)
-    return 0
+        os._exit(code)
+    return code
 
 
 def check(argv: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """The server as a whole: what is built from the settings, and in which order it starts and stops.
 
-build    runtime check, models' loader and manager, RPCs, transport, HTTP listeners (bound at once)
+build    models' loader and manager, RPCs, transport, HTTP listeners; nothing is opened yet
 start    HTTP (live, not ready, metrics), models, gRPC, ready
 stop     not ready, no new calls, accepted calls are finished, queues run dry, HTTP last
 """
@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import logging
 import signal
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +37,12 @@ from sluice_server.status import StatusMapper
 from sluice_server.transport.grpcio import GrpcioOptions, GrpcioTransport, TlsFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
-    from sluice_server.settings import GrpcSettings, ServerSettings
+    from starlette.applications import Starlette
+
+    from sluice_server.settings import GrpcSettings, HttpSettings, ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,9 @@ SLOW_CALLS_MAX = 4
 
 TRACE_FLUSH_S = 5.0
 """How long the end of the process waits for a trace collector."""
+
+LAST_LOOK_S = 0.5
+"""What threads that have nothing to do get to see that they are to end, also when the calls took all the time."""
 
 
 class StartError(Exception):
@@ -64,7 +71,7 @@ class Server:
     """One server in this process. `start`, then `stop`; both from the same thread."""
 
     def __init__(self, settings: ServerSettings, environ: Mapping[str, str]) -> None:
-        """Build every part; ports for HTTP are bound here, the one for gRPC in `start`."""
+        """Build every part; `start` opens the ports."""
         runtime.configure_runtime()
         self._settings = settings
         self._version = importlib.metadata.version("sluice")
@@ -85,22 +92,30 @@ class Server:
         rpcs = rpc_table(self.manager, identity, ControlPolicy(allow_any=settings.allow_any_control))
         dispatcher = Dispatcher(self.manager, rpcs, to_status, self._slow_pool, self._tracer)
         self.transport = GrpcioTransport(dispatcher, STREAMS, _transport_options(settings.grpc))
-        self.http_port = self.metrics_port = 0
-        listeners = []
-        if settings.http is not None:
-            app = rest_app(self.manager, identity, EXTENSIONS, to_status)
-            listeners.append(HttpListener(app, settings.http.address, settings.http.port))
-            self.http_port = listeners[-1].port
-        if settings.metrics is not None:
-            app = metrics_app(self.render_metrics)
-            listeners.append(HttpListener(app, settings.metrics.address, settings.metrics.port))
-            self.metrics_port = listeners[-1].port
-        self._http = HttpServer(listeners)
+        rest = rest_app(self.manager, identity, EXTENSIONS, to_status)
+        self._rest = _listener(rest, settings.http)
+        self._metrics = _listener(metrics_app(self.render_metrics), settings.metrics)
+        self._http = HttpServer([listener for listener in (self._rest, self._metrics) if listener is not None])
 
-    def start(self) -> None:
-        """Load the models and open the doors; `StartError` when a model failed and errors end the server."""
+    @property
+    def http_port(self) -> int:
+        """Where REST and the probes are answered, known after `start`; 0 when they are switched off."""
+        return 0 if self._rest is None else self._rest.port
+
+    @property
+    def metrics_port(self) -> int:
+        """Where metrics are scraped, known after `start`; 0 when that is switched off."""
+        return 0 if self._metrics is None else self._metrics.port
+
+    def start(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Load the models and open the doors; `StartError` when a model failed and errors end the server.
+
+        When `should_stop` says so, the loads under way are the last ones, and the doors stay shut.
+        """
         self._http.start()
-        failed = self.manager.start(self._settings.models.load_models)
+        failed = self.manager.start(self._settings.models.load_models, should_stop)
+        if should_stop():
+            return
         if failed and self._settings.exit_on_error:
             raise StartError(
                 f"{', '.join(failed)} failed to load (the reasons are above);"
@@ -127,14 +142,21 @@ class Server:
         until = time.monotonic() + self._settings.exit_timeout_s
         self.manager.drain()
         self.transport.stop(self._settings.exit_timeout_s)
-        finished = self.manager.stop(max(0.0, until - time.monotonic()))
-        self._slow_pool.shutdown(wait=False, cancel_futures=True)
+        finished = self.manager.stop(max(LAST_LOOK_S, until - time.monotonic()))
+        finished &= self._end_slow_calls(max(LAST_LOOK_S, until - time.monotonic()))
         self._timer.stop()
         self._http.stop()
         if self._tracer is not None:
             self._tracer.shutdown(TRACE_FLUSH_S)
         logger.info("server has stopped", extra={"all_answered": finished})
         return finished
+
+    def _end_slow_calls(self, timeout_s: float) -> bool:
+        """Wait for a load that is under way; False when it takes longer, and would hold the interpreter's end too."""
+        waiting = threading.Thread(target=self._slow_pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+        waiting.start()
+        waiting.join(timeout_s)
+        return not waiting.is_alive()
 
     def render_metrics(self) -> bytes:
         """The body of GET /metrics, read from the counters as they are now."""
@@ -177,6 +199,10 @@ def termination() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _listener(app: Starlette, settings: HttpSettings | None) -> HttpListener | None:
+    return None if settings is None else HttpListener(app, settings.address, settings.port)
+
+
 def _transport_options(settings: GrpcSettings) -> GrpcioOptions:
     tls = None
     if settings.certificate is not None and settings.key is not None:
@@ -185,6 +211,22 @@ def _transport_options(settings: GrpcSettings) -> GrpcioOptions:
             tls = TlsFiles(settings.certificate.read_bytes(), settings.key.read_bytes(), roots)
         except OSError as error:
             raise StartError(f"cannot read {error.filename} for TLS: {error.strerror}") from error
+        _check_pem(settings.certificate, settings.key, settings.client_roots)
     return GrpcioOptions(
         address=settings.target, tls=tls, reuse_port=settings.reuse_port, channel_args=settings.channel_args
     )
+
+
+def _check_pem(certificate: Path, key: Path, client_roots: Path | None) -> None:
+    """Raise StartError for files that gRPC would not take: it says so in its own log only."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # An empty password, so that an encrypted key is refused and not asked for at the terminal.
+        context.load_cert_chain(certificate, key, password=b"")
+    except ssl.SSLError as error:
+        raise StartError(f"{certificate} and {key} are no certificate and its key in PEM: {error.reason}") from error
+    if client_roots is not None:
+        try:
+            context.load_verify_locations(client_roots)
+        except ssl.SSLError as error:
+            raise StartError(f"{client_roots} has no certificates in PEM: {error.reason}") from error

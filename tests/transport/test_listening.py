@@ -56,7 +56,7 @@ def test_an_address_of_this_machine_can_be_listened_on(address):
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("192.0.2.1:0", "Cannot assign requested address"),
+        ("203.0.113.1:0", "Cannot assign requested address"),
         ("no-such-host.invalid:0", ""),
         ("unix:/no/such/directory/socket", "No such file or directory"),
     ],
@@ -74,7 +74,7 @@ def test_a_port_in_use_is_refused_with_its_number(taken):
     with pytest.raises(ListenError, match=f"127.0.0.1:{taken} for gRPC: Address already in use"):
         transport_at(f"127.0.0.1:{taken}").start()
     with pytest.raises(ListenError, match=f"127.0.0.1:{taken} for HTTP: Address already in use"):
-        HttpListener(metrics_app(bytes), "127.0.0.1", taken)
+        HttpListener(metrics_app(bytes), "127.0.0.1", taken).bind()
 
 
 def test_two_transports_share_a_port_only_when_both_are_asked_to():
@@ -99,8 +99,9 @@ def test_keys_that_are_none_are_refused():
 def test_http_listens_on_ipv6_with_and_without_brackets():
     for address in ("::1", "[::1]"):
         listener = HttpListener(metrics_app(bytes), address, 0)
-        with listener.socket:
-            assert listener.port
+        listener.bind()
+        assert listener.port
+        listener.close()
 
 
 def test_a_call_that_is_open_when_time_is_up_gets_a_status_and_is_counted(no_errors_logged):

@@ -13,6 +13,7 @@ from sluice_server.transport.call import ListenError
 from sluice_server.transport.listening import listen, reason
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
     from starlette.applications import Starlette
@@ -28,15 +29,12 @@ START_TIMEOUT_S = 30.0
 
 
 class HttpListener:
-    """One application on one bound socket."""
+    """One application on one address; port 0 takes any that is free."""
 
     def __init__(self, app: Starlette, address: str, port: int) -> None:
-        """Bind at once, or raise `ListenError`; port 0 takes any that is free."""
-        try:
-            self.socket = listen(address, port)
-        except OSError as error:
-            raise ListenError(f"cannot listen on {address}:{port} for HTTP: {reason(error)}") from error
-        self.port: int = self.socket.getsockname()[1]
+        self._address = address
+        self.port = port
+        self.socket: socket.socket | None = None
         config = uvicorn.Config(
             app,
             lifespan="off",
@@ -49,6 +47,23 @@ class HttpListener:
         )
         self.server = uvicorn.Server(config)
 
+    def bind(self) -> None:
+        """Take the port, or raise `ListenError`; `port` is then the real one."""
+        try:
+            self.socket = listen(self._address, self.port)
+        except OSError as error:
+            raise ListenError(f"cannot listen on {self._address}:{self.port} for HTTP: {reason(error)}") from error
+        self.port = self.socket.getsockname()[1]
+
+    async def serve(self) -> None:
+        """Answer until `server.should_exit`."""
+        await self.server.serve(sockets=None if self.socket is None else [self.socket])
+
+    def close(self) -> None:
+        """Give the port back."""
+        if self.socket is not None:
+            self.socket.close()
+
 
 class HttpServer:
     """Runs listeners until `stop`."""
@@ -59,7 +74,9 @@ class HttpServer:
         self._started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
 
     def start(self) -> None:
-        """Serve; the sockets were bound before."""
+        """Bind all of them, or raise `ListenError`, and serve."""
+        for listener in self._listeners:
+            listener.bind()
         self._thread.start()
         self._started.result(START_TIMEOUT_S)
 
@@ -67,11 +84,14 @@ class HttpServer:
         """End all listeners and wait for them."""
         for listener in self._listeners:
             listener.server.should_exit = True
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for listener in self._listeners:
+            listener.close()
 
     def _run(self) -> None:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
         self._started.set_result(asyncio.get_running_loop())
-        await asyncio.gather(*(listener.server.serve(sockets=[listener.socket]) for listener in self._listeners))
+        await asyncio.gather(*(listener.serve() for listener in self._listeners))
