@@ -28,6 +28,29 @@ if TYPE_CHECKING:
 NOT_READY = 400
 """What Triton answers for live, ready and model ready when the answer is no."""
 
+_MODELS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version:int}")
+_MEMORY = ("/v2/systemsharedmemory", "/v2/cudasharedmemory")
+
+NOT_THERE_YET: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_MODELS, ("GET",)),
+    **{f"{path}/config": ("GET",) for path in _MODELS},
+    **{f"{path}/stats": ("GET",) for path in _MODELS},
+    **{f"{path}/infer": ("POST",) for path in _MODELS},
+    "/v2/models/stats": ("GET",),
+    "/v2/repository/index": ("POST",),
+    "/v2/repository/models/{model}/load": ("POST",),
+    "/v2/repository/models/{model}/unload": ("POST",),
+    **{f"{path}/status": ("GET",) for path in _MEMORY},
+    **{f"{path}/unregister": ("POST",) for path in _MEMORY},
+    **{f"{path}/region/{{region}}/status": ("GET",) for path in _MEMORY},
+    **{f"{path}/region/{{region}}/register": ("POST",) for path in _MEMORY},
+    **{f"{path}/region/{{region}}/unregister": ("POST",) for path in _MEMORY},
+    "/v2/trace/setting": ("GET", "POST"),
+    "/v2/models/{model}/trace/setting": ("GET", "POST"),
+    "/v2/logging": ("GET", "POST"),
+}
+"""The REST protocol's other paths (compatibility, section 17), with their methods: known, and answered with 501."""
+
 
 def metrics_app(render: Callable[[], bytes]) -> Starlette:
     """GET /metrics, in the Prometheus text format."""
@@ -51,7 +74,7 @@ def rest_app(
 
     async def model_ready(request: Request) -> Response:
         try:
-            manager.find(request.path_params["model"], request.path_params.get("version", ""))
+            manager.find(request.path_params["model"], str(request.path_params.get("version", "")))
         except NotFound:
             return Response(status_code=NOT_READY)
         return Response()
@@ -69,21 +92,17 @@ def rest_app(
 
     async def no_route(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return JSONResponse({"error": error.detail}, status_code=error.status_code)
+        return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
 
-    every = ["GET", "POST"]
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v2", metadata),
             Route("/v2/health/live", live),
             Route("/v2/health/ready", ready),
-            Route("/v2/models/{model}/ready", model_ready),
-            Route("/v2/models/{model}/versions/{version}/ready", model_ready),
-            Route("/v2/models/{rest:path}", not_there, methods=every),
-            Route("/v2/repository/{rest:path}", not_there, methods=every),
-            Route("/v2/{area:path}/trace/setting", not_there, methods=every),
-            Route("/v2/trace/setting", not_there, methods=every),
-            Route("/v2/logging", not_there, methods=every),
+            *(Route(f"{path}/ready", model_ready) for path in _MODELS),
+            *(Route(path, not_there, methods=methods) for path, methods in NOT_THERE_YET.items()),
         ],
         exception_handlers={SluiceError: refused, HTTPException: no_route},
     )
+    app.router.redirect_slashes = False  # /v2/ is not /v2
+    return app
