@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from sluice_batching import ExpiryTimer
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
 from sluice_server.errors import BackendError
+from sluice_server.execution.instance import SMALL_BATCH_BYTES
 from sluice_server.execution.request import InferRequest
 from sluice_server.observability.statistics import FailureReason, Outcome
 from sluice_server.status import Code
@@ -125,8 +127,49 @@ def test_an_answer_that_cannot_be_made_leaves_the_thread_alive_and_nobody_waitin
     model.submit([request(later, 1)])
     assert answer_of(later) == 1
     finish(model)
-    assert answer_of(calls[0]) == 0
-    assert [call.wait()[0].code for call in calls[1:]] == [Code.INTERNAL] * 2
+    assert calls[1].wait()[0].code is Code.INTERNAL
+    assert [answer_of(calls[0]), answer_of(calls[2])] == [0, 2]
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
+class NextRunWaits:
+    """Answers the first run at once, and every later one when `release` is set."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self._runs = 0
+
+    def run(self, output_names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self._runs += 1
+        if self._runs > 1:
+            assert self.release.wait(20.0)
+        return [feeds["X"]]
+
+
+@pytest.mark.parametrize("size_bytes", [0, SMALL_BATCH_BYTES + 1])
+def test_answers_are_out_while_the_next_batch_runs(size_bytes, timer, no_errors_logged):
+    session = NextRunWaits()
+    model = served_model(session, timer, max_batch_rows=2)
+    first, second = RecordingCall(), RecordingCall(bytes(size_bytes))
+    model.submit([request(first, 5, rows=2), request(second, 7)])
+    model.start()
+    assert first.wait()[0].code is Code.OK
+    assert not second.ends
+    session.release.set()
+    assert second.wait()[0].code is Code.OK
+    finish(model)
+
+
+def test_a_batch_that_cannot_be_gathered_keeps_no_answer_of_the_one_before(timer, caplog):
+    model = served_model(EchoSession(), timer, max_batch_rows=2)
+    good, bad, later = (RecordingCall() for _ in range(3))
+    broken = request(bad, 1)
+    broken.arrays = {"X": np.zeros((1, 2), np.int64)}
+    requests = [request(good, 5, rows=2), broken, request(later, 6)]
+    model.submit(requests)
+    model.start()
+    assert (good.wait()[0].code, bad.wait()[0].code) == (Code.OK, Code.INTERNAL)
+    finish(model)
     assert len([record for record in caplog.records if record.exc_info]) == 1
 
 

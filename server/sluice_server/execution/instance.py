@@ -8,9 +8,9 @@ as there are requests.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,14 +21,19 @@ from sluice_server.observability.statistics import FailureReason
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sluice_batching import BatchQueue
+    from sluice_batching import BatchQueue, Taken
     from typing_extensions import Buffer
 
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.statistics import ModelStatistics
     from sluice_server.status import StatusMapper
+    from sluice_server.transport.call import Call
 
-logger = logging.getLogger(__name__)
+SMALL_BATCH_BYTES = 1 << 20
+"""Copying 1 MiB takes some 0.1 ms, which no client notices."""
+
+Answers = deque[tuple["Call", "list[Buffer]"]]
+"""Calls with the parts of their answers, to be sent."""
 
 
 class Runnable(Protocol):
@@ -63,13 +68,17 @@ class BatchRunner:
         self._has_batch_dimension = has_batch_dimension
         self._clock = clock
 
-    def run(self, session: Runnable, batch: list[InferRequest]) -> None:
-        """Run a batch of requests with equal keys; each of them has its answer or its error when this returns."""
+    def run(self, session: Runnable, batch: list[InferRequest], earlier: Answers) -> Answers:
+        """Run a batch of requests with equal keys; give the answers that are left to send, the others have their error.
+
+        `earlier`, the answers of the batch before, are sent when this batch is ready to run, or given back.
+        """
         started_ns = self._clock()
         names = batch[0].output_names
         try:
             feeds = gather(batch)
             gathered_ns = self._clock()
+            self.send(earlier)
             outputs = session.run(names, feeds)
             computed_ns = self._clock()
             answers = [
@@ -79,17 +88,23 @@ class BatchRunner:
             if len(batch) == 1:
                 backend = isinstance(error, BackendError)
                 self._fail(batch, error, FailureReason.BACKEND if backend else FailureReason.OTHER)
-                return
+                return earlier
             middle = len(batch) // 2
-            self.run(session, batch[:middle])
-            self.run(session, batch[middle:])
-            return
+            return self.run(session, batch[middle:], self.run(session, batch[:middle], earlier))
         except Exception as error:
             self._fail(batch, error, FailureReason.OTHER)
-            return
+            return earlier
         self._record(batch, started_ns, gathered_ns, computed_ns)
-        for request, parts in zip(batch, answers, strict=True):
-            request.call.reply(parts)
+        return deque(zip((request.call for request in batch), answers, strict=True))
+
+    def send(self, answers: Answers) -> None:
+        """Send answers and forget each as it goes; one that cannot be made (no memory, say) ends with an error."""
+        while answers:
+            call, parts = answers.popleft()
+            try:
+                call.reply(parts)
+            except Exception as error:
+                call.fail(self._to_status(error))
 
     def give_up(self, batch: Sequence[InferRequest], error: Exception) -> None:
         """End whatever of a batch has not ended; what has is counted already, and a second end has no effect."""
@@ -160,12 +175,17 @@ class BatchRunner:
 
 
 class Instance:
-    """One thread of one model version."""
+    """One thread of one model version.
+
+    Where the next batch waits already, the answers of the last one are sent when the next is about to run: sending
+    wakes the transport, and then both would want the interpreter at once while the model stands idle.
+    """
 
     def __init__(self, name: str, queue: BatchQueue[InferRequest], session: Runnable, runner: BatchRunner) -> None:
         self._queue = queue
         self._session = session
         self._runner = runner
+        self._answers: Answers = deque()
         self._thread = threading.Thread(target=self._pull, name=name, daemon=True)
 
     def start(self) -> None:
@@ -178,7 +198,7 @@ class Instance:
         return not self._thread.is_alive()
 
     def _pull(self) -> None:
-        while (taken := self._queue.take()) is not None:
+        while (taken := self._next()) is not None:
             if taken.expired:
                 self._runner.expire(taken.expired)
             if taken.batch:
@@ -186,12 +206,28 @@ class Instance:
             # Nothing of the batch may stay alive while this thread waits for the next one.
             del taken
 
+    def _next(self) -> Taken[InferRequest] | None:
+        """Wait for the next batch, with no answer unsent."""
+        if self._answers:
+            taken = self._queue.take(timeout_ns=0)
+            if taken is not None and taken.batch and is_small(taken.batch):
+                return taken
+            self._runner.send(self._answers)
+            if taken is None or taken.batch or taken.expired:
+                return taken
+        return self._queue.take()
+
     def _run(self, batch: list[InferRequest]) -> None:
         try:
-            self._runner.run(self._session, batch)
+            self._answers = self._runner.run(self._session, batch, self._answers)
         except Exception as error:
-            # No memory for an answer, or a bug: the requests behind this batch need the thread all the same.
+            # A bug; the requests behind this batch need the thread all the same.
             self._runner.give_up(batch, error)
+
+
+def is_small(batch: list[InferRequest]) -> bool:
+    """Whether gathering the batch takes so little time that answers may wait for it."""
+    return sum(request.size_bytes for request in batch) <= SMALL_BATCH_BYTES
 
 
 def gather(batch: list[InferRequest]) -> dict[str, np.ndarray]:
