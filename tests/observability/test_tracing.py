@@ -7,64 +7,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent import futures
+from collections.abc import Iterator
 
-import grpc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-    TraceServiceServicer,
-    add_TraceServiceServicer_to_server,
-)
-from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from sluice_server.observability.tracing import RequestTrace, Tracer, TracingError, create_tracer
 from sluice_server.status import Code
+from support.otlp import TIMEOUT_S, Collector, attributes_of, collecting
 
 OFFSET_NS = 1_700_000_000_000_000_000
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
 SAMPLED = f"00-{TRACE_ID}-{PARENT_ID}-01"
 NOT_SAMPLED = f"00-{TRACE_ID}-{PARENT_ID}-00"
-TIMEOUT_S = 10.0
-
-
-class Collector(TraceServiceServicer):
-    """An OTLP receiver that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.requests: list[ExportTraceServiceRequest] = []
-
-    def Export(self, request: ExportTraceServiceRequest, context: grpc.ServicerContext) -> ExportTraceServiceResponse:
-        self.requests.append(request)
-        return ExportTraceServiceResponse()
-
-    @property
-    def spans(self) -> dict[str, Span]:
-        found = [
-            span
-            for request in self.requests
-            for resource_spans in request.resource_spans
-            for scope_spans in resource_spans.scope_spans
-            for span in scope_spans.spans
-        ]
-        spans = {span.name: span for span in found}
-        assert len(spans) == len(found)
-        return spans
-
-    @property
-    def resource(self) -> Mapping[str, object]:
-        return attributes_of(self.requests[0].resource_spans[0].resource.attributes)
-
-
-def attributes_of(pairs: list[KeyValue]) -> dict[str, object]:
-    return {pair.key: getattr(pair.value, str(pair.value.WhichOneof("value"))) for pair in pairs}
 
 
 @pytest.fixture
@@ -76,14 +33,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def collector(clean_environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
     """A collector at the endpoint that the environment names."""
-    collector = Collector()
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=1))
-    add_TraceServiceServicer_to_server(collector, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
-    yield collector
-    server.stop(None).wait(TIMEOUT_S)
+    with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+        yield collector
 
 
 def new_tracer() -> Tracer:

@@ -82,7 +82,10 @@ class ServedModel:
         self.queue.drain()
 
     def join(self, timeout_s: float | None) -> bool:
-        """Wait until everything that was accepted is answered; False when time ran out first. Needs `drain`."""
+        """Wait until everything that was accepted is answered; False when time ran out first. Needs `drain`.
+
+        Until then the timer keeps the deadlines of what still waits, also after a wait that ran out of time.
+        """
         until = None if timeout_s is None else time.monotonic() + timeout_s
         for instance in self._instances:
             if not instance.join(None if until is None else max(0.0, until - time.monotonic())):
