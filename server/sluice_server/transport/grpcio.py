@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -51,6 +52,20 @@ LAST_ENDS_S = 1.0
 _TIME_IS_UP = Status(Code.UNAVAILABLE, "the server has shut down before this call was finished")
 
 _CODES = {code: next(item for item in grpc.StatusCode if item.value[0] == code) for code in Code}
+
+
+class _ClientLeftFilter(logging.Filter):
+    """Drops what gRPC logs, with a stack trace, when a client goes in the middle of its answer.
+
+    gRPC knows that case, but the failed write may come before its own news that the client has left.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep every record but those."""
+        return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_ClientLeftFilter())
 
 
 @dataclass(frozen=True, slots=True)
