@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from sluice_client import AsyncClient, NotReady
 
 MODELS = Path(__file__).resolve().parent / "models"

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from sluice_proto.grpc_service_pb2 import ModelInferRequest, ModelInferResponse
 
 from loadtests.ort_loop import open_session
+from sluice_proto.grpc_service_pb2 import ModelInferRequest, ModelInferResponse
 
 OPSET = 17
 IR_VERSION = 8

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from sluice_client import Client
 
 from loadtests import h2load
 from loadtests.h2load import Load, LoadError
@@ -21,6 +20,7 @@ from loadtests.models import THREADS, BenchModel
 from loadtests.ort_loop import LoopResult
 from loadtests.processes import ServerProcess
 from loadtests.procfs import read_cpu_s
+from sluice_client import Client
 
 SLUICE = "sluice on grpcio"
 ECHO = "bare grpcio echo"

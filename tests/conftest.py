@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
+
 from support.server import TRANSPORTS, RunningServer, running, server_settings
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 import sluice_batching
 import sluice_client
 import sluice_proto

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc.aio
-from sluice_proto.model_config_pb2 import ModelConfig
 
 from sluice_client import operations
 from sluice_client.base import BaseClient, CallArguments, MetadataLike
@@ -18,6 +17,7 @@ from sluice_client.errors import ClientClosed
 from sluice_client.flow import Attempt, Flow, Outcome, Pause
 from sluice_client.results import Array, ModelIndex, ModelMetadata, ModelStatistics, Parameter, Result, ServerMetadata
 from sluice_client.settings import LOAD_DEADLINE_S
+from sluice_proto.model_config_pb2 import ModelConfig
 
 T = TypeVar("T")
 

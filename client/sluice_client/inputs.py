@@ -9,10 +9,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
-from sluice_proto import tensors
 
 from sluice_client.errors import InvalidRequest
 from sluice_client.results import Array, TensorMetadata
+from sluice_proto import tensors
 
 _RANDOM_SEED: Final = 0  # the same command sends the same data
 _MAX_FILL_ELEMENTS: Final = 2**29  # 2 GiB of FP32, all that a message can carry

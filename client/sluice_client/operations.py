@@ -11,6 +11,23 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
+
+from sluice_client.errors import InvalidRequest, InvalidResponse
+from sluice_client.flow import Operation, Timing
+from sluice_client.results import (
+    Array,
+    BatchStatistics,
+    Duration,
+    ModelIndex,
+    ModelMetadata,
+    ModelStatistics,
+    Parameter,
+    Result,
+    ServerMetadata,
+    TensorMetadata,
+)
+from sluice_client.retries import Safety
+from sluice_client.settings import MAX_MESSAGE_BYTES
 from sluice_proto import tensors, wire
 from sluice_proto.errors import ProtoError, TensorError
 from sluice_proto.grpc_service_pb2 import (
@@ -39,23 +56,6 @@ from sluice_proto.grpc_service_pb2 import (
     StatisticDuration,
 )
 from sluice_proto.model_config_pb2 import ModelConfig
-
-from sluice_client.errors import InvalidRequest, InvalidResponse
-from sluice_client.flow import Operation, Timing
-from sluice_client.results import (
-    Array,
-    BatchStatistics,
-    Duration,
-    ModelIndex,
-    ModelMetadata,
-    ModelStatistics,
-    Parameter,
-    Result,
-    ServerMetadata,
-    TensorMetadata,
-)
-from sluice_client.retries import Safety
-from sluice_client.settings import MAX_MESSAGE_BYTES
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")

@@ -17,7 +17,6 @@ ProtoError
 └── WireError                    a message that is not protobuf
 """
 
-# ruff: noqa: N818  (a class is named after what is wrong)
 from collections.abc import Sequence
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sluice_proto.model_config_pb2 import ModelConfig
-
     from sluice_server.settings import ModelSettings
 
 

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sluice_batching import ExpiryTimer
-
 from sluice_server.execution import runtime
 from sluice_server.execution.loader import ModelLoader
 from sluice_server.execution.providers import check_distributions

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import pytest
+
 from sluice_batching import (
     NO_DEADLINE,
     BatchQueue,

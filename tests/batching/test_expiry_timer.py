@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from sluice_batching import BatchQueue, ExpiryTimer, QueuePolicy, Request
 
 MS = 1_000_000

@@ -3,6 +3,7 @@
 import weakref
 
 import pytest
+
 from sluice_batching import (
     NO_DEADLINE,
     BatchingError,

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+
 import sluice_batching
 from sluice_batching import QueuePolicy
 

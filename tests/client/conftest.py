@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from drivers import Blocking, Loop
 from fake_server import FakeServer
+
 from sluice_client import AsyncClient, Client
 
 

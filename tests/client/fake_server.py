@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
+
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_proto.model_config_pb2 import ModelConfig
 

@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_client.balancer import FIRST_ASIDE_NS, MAX_ASIDE_NS, Balancer
 
 

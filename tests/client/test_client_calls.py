@@ -14,9 +14,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import sluice_client
 from drivers import WAIT_S, Loop
 from fake_server import DroppingProxy, FakeServer, Fault
+
+import sluice_client
 from sluice_client import (
     AsyncClient,
     Client,

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fake_server import FakeServer
+
 from sluice_client import InvalidRequest, TensorMetadata, cli, inputs
 
 Run = Callable[..., tuple[int, str, str]]

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_client import Client, InvalidRequest, RetryPolicy, Tls
 from sluice_client.base import read_metadata
 from sluice_client.endpoints import Endpoint, parse_endpoint, parse_endpoints

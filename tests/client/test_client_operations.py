@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from sluice_client import InvalidRequest, InvalidResponse, Result, Timing, operations
 from sluice_client.flow import Operation
 from sluice_client.retries import Safety

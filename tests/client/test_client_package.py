@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 import sluice_client
 from sluice_client import AsyncClient, Client, ServerError, errors
 

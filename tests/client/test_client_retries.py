@@ -7,6 +7,7 @@ from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_client import RetryPolicy
 from sluice_client.errors import BY_CODE
 from sluice_client.retries import Budget, Failure, Origin, Safety, backoff_ns, is_safe

@@ -8,6 +8,7 @@ import grpc
 import pytest
 import trustme
 from fake_server import FakeServer
+
 from sluice_client import RetryPolicy, Tls, Unavailable
 
 ONCE = RetryPolicy(max_attempts=1)

@@ -2,6 +2,7 @@
 
 import onnxruntime
 import pytest
+
 from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_server.execution.options import OptionPlan, describe, plan_options, run_options, session_options
 from sluice_server.execution.parameters import BadOption

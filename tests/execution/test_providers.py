@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
+
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from sluice_server.errors import InvalidArgument
 from sluice_server.execution.parameters import BadOption

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_models
 import pytest
 from onnx import TensorProto, helper
+
 from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_server.errors import BackendError, InvalidArgument, Unimplemented
 from sluice_server.execution import runtime

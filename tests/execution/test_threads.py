@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_server.execution.parameters import BadOption
 from sluice_server.execution.threads import ThreadPlan, available_cpus, plan_threads
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
 from support.server import CALL_TIMEOUT_S, LOOPBACK, RunningServer
 
 if TYPE_CHECKING:

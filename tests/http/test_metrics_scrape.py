@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import numpy as np
 import pytest
+
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.repository.manager import ControlMode
 from support import models

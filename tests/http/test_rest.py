@@ -6,6 +6,7 @@ import http.client
 import socket
 
 import pytest
+
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.http.app import NOT_THERE_YET
 from sluice_server.protocol.rpcs import EXTENSIONS

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import pytest
+
 from sluice_server.observability.logs import HANDLER_NAME, OWN_LOGGERS
 
 if TYPE_CHECKING:

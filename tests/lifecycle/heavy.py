@@ -2,6 +2,7 @@
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
+
 from support import models
 
 WIDE, NARROW = 40_000, 128

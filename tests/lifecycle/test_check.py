@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sluice_server.cli import check
 from support import models
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import numpy as np
 import pytest
+
 from support import models
 from support.fakes import PATIENCE_S, eventually, held
 from support.requests import answer_arrays, infer_request

@@ -9,9 +9,10 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-import sluice_client
 import tritonclient.grpc as triton
 import trustme
+
+import sluice_client
 from sluice_server.repository.manager import ControlMode
 from sluice_server.settings import GrpcSettings
 from support import models

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+
 from sluice_server import settings
 from sluice_server.repository.manager import ControlMode
 from sluice_server.settings import REFUSED, HttpSettings, SettingsError, parse_serve

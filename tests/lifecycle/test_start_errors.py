@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
+
 from sluice_server.cli import serve
 from sluice_server.lifecycle import StartError, check_runtime
 from support import models

@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
 from sluice_proto import grpc_service_pb2 as pb
 from support import models
 from support.fakes import PATIENCE_S, eventually, held

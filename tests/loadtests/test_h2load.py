@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sluice_proto.grpc_service_pb2 import ModelInferRequest
 
 from loadtests import h2load, processes
 from loadtests.h2load import Load, LoadError, Report
 from loadtests.models import generate
 from loadtests.peers import METHOD, Counters, mean_batch
+from sluice_proto.grpc_service_pb2 import ModelInferRequest
 
 REPORT = """
 finished in 217.25ms, 2945.88 req/s, 491.29KB/s

@@ -13,12 +13,13 @@ import onnx
 import pytest
 import tritonclient.grpc as triton
 from onnx import helper, numpy_helper
+from tritonclient.utils import InferenceServerException
+
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.repository.manager import ControlMode
 from support import models
 from support.fakes import PATIENCE_S, eventually, held
 from support.requests import answer_arrays, infer_request
-from tritonclient.utils import InferenceServerException
 
 if TYPE_CHECKING:
     from pathlib import Path

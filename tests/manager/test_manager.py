@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from manager_fakes import FakeLoader, write
+
 from sluice_server.errors import BackendError, Internal, InvalidArgument, NotFound, Unavailable
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.manager import UNEXPECTED, ControlMode, IndexEntry, Override

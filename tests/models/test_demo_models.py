@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from google.protobuf import text_format
 from numpy.typing import NDArray
+
 from sluice_proto.model_config_pb2 import ModelConfig
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from sluice_server.observability.host import HostReader, HostUsage
 
 # user nice system idle iowait irq softirq steal guest guest_nice

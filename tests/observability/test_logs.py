@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_server.observability.logs import (
     HANDLER_NAME,
     OWN_LOGGERS,

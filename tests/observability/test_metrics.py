@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+
 from sluice_server.observability.host import HostUsage
 from sluice_server.observability.metrics import BATCH_ROWS_BUCKETS, ModelMetrics, ServerMetrics, render
 from sluice_server.observability.statistics import FailureReason, ModelStatistics, Outcome

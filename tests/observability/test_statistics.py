@@ -5,6 +5,7 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_server.observability.statistics import (
     BatchDurations,
     Duration,

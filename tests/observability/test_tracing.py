@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
 from sluice_server.observability.tracing import RequestTrace, Tracer, TracingError, create_tracer
 from sluice_server.status import Code
 from support.otlp import TIMEOUT_S, Collector, attributes_of, collecting

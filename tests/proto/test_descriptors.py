@@ -4,9 +4,10 @@ import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import Message
-from sluice_proto import POOL, grpc_service_pb2, model_config_pb2
 from tritonclient.grpc import model_config_pb2 as triton_config
 from tritonclient.grpc import service_pb2 as triton_service
+
+from sluice_proto import POOL, grpc_service_pb2, model_config_pb2
 
 # What the Open Inference Protocol has and Triton has not.
 ADDITIONS = {

@@ -3,12 +3,13 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from sluice_proto.grpc_service_pb2 import ModelInferRequest, ModelInferResponse
-from sluice_proto.tensors import BY_NAME, of_array, to_buffer, view
-from sluice_proto.wire import length_delimited, split_raw
 from tritonclient.grpc import InferInput, InferResult
 from tritonclient.grpc._utils import _get_inference_request
 from tritonclient.grpc.service_pb2 import ModelInferResponse as TritonResponse
+
+from sluice_proto.grpc_service_pb2 import ModelInferRequest, ModelInferResponse
+from sluice_proto.tensors import BY_NAME, of_array, to_buffer, view
+from sluice_proto.wire import length_delimited, split_raw
 
 ARRAYS = {
     "BOOL": np.array([[True, False]]),

@@ -4,6 +4,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from sluice_proto import WireError
 from sluice_proto.grpc_service_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from sluice_proto.wire import MAX_FIELDS, length_delimited, split_raw

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from sluice_proto.tensors import BY_NAME
 from sluice_server.graph import GraphSignature, TensorSpec

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from google.protobuf.descriptor import Descriptor
+
 from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_server.repository.autocomplete import normalize
 from sluice_server.repository.config import parse_text

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_proto.model_config_pb2 import DataType, ModelInstanceGroup
 from sluice_server.repository.config import MAX_CONFIG_BYTES, parse_json, parse_text, read_config
 from sluice_server.repository.errors import ConfigError

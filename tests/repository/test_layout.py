@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from sluice_server.errors import InvalidArgument
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.layout import Repositories, read_directory, write_override

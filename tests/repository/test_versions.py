@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_proto.model_config_pb2 import ModelVersionPolicy
 from sluice_server.errors import InvalidArgument
 from sluice_server.repository.versions import parse_version, select

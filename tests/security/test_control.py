@@ -9,6 +9,7 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.errors import PermissionDenied
 from sluice_server.protocol.dispatch import Dispatcher

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
 from support import models
 from support.requests import answer_arrays, infer_request
 from support.server import RunningServer, running, server_settings

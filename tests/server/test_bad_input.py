@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import grpc
 import numpy as np
 import pytest
+
 from sluice_proto.grpc_service_pb2 import InferParameter, ModelInferRequest
 from sluice_server.observability.statistics import Outcome
 from support.requests import infer_request, parameter

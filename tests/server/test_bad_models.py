@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
+
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.repository.manager import ControlMode
 from support import models

@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+
 from sluice_server.observability.statistics import Outcome
 from sluice_server.status import Code
 from support import models

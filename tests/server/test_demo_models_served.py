@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+
 from support.fakes import PATIENCE_S
 from support.server import running, server_settings
 

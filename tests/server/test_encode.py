@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
+
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
 from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_proto.tensors import BY_NAME

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+
 from sluice_server.status import Code, Status
 from sluice_server.transport.grpcio import SERVICE, GrpcioOptions, GrpcioTransport
 from support.fakes import PATIENCE_S, RecordingCall, eventually

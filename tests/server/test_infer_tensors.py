@@ -6,6 +6,7 @@ import grpc
 import ml_dtypes
 import numpy as np
 import pytest
+
 from sluice_proto.tensors import BY_NAME
 from support import models
 from support.requests import answer_arrays, infer_request

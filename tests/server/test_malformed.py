@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from sluice_proto.grpc_service_pb2 import InferParameter, ModelInferRequest
 from sluice_proto.tensors import BY_NAME
 from sluice_server.protocol.dispatch import STREAMS, Dispatcher

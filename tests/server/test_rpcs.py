@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
+
 from sluice_proto import grpc_service_pb2 as pb
 from support.server import SERVICE
 

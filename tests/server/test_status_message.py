@@ -5,6 +5,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sluice_server.transport.message import ENCODED_BYTES_MAX, fit_message
 
 UNRESERVED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")

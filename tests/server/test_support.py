@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+
 from support import models
 from support.fakes import eventually, held
 from support.requests import answer_arrays, infer_request

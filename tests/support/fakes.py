@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from sluice_batching import NO_DEADLINE, BatchQueue, QueuePolicy
 from sluice_proto.model_config_pb2 import DataType, ModelConfig
 from sluice_server.execution.instance import BatchRunner, Instance
@@ -21,11 +22,12 @@ from sluice_server.transport.call import Call
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from typing_extensions import Buffer
+
     from sluice_batching import ExpiryTimer
     from sluice_server.execution.instance import Runnable
     from sluice_server.execution.request import InferRequest
     from sluice_server.transport.call import Metadata
-    from typing_extensions import Buffer
 
 PATIENCE_S = 20.0
 """Longer than anything here takes on a loaded machine; past it the test has failed."""

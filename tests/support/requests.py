@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from sluice_proto.grpc_service_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from sluice_proto.tensors import BY_NAME, of_array, set_contents, to_buffer, view
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.lifecycle import Server
 from sluice_server.observability.logs import LogOptions

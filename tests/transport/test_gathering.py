@@ -1,6 +1,7 @@
 """When arrived calls are held for company: traces of arrivals, and of a loop that is busy or has time."""
 
 import pytest
+
 from sluice_server.transport.gathering import CALLS_MAX, SAMPLE_CALLS, Gathering
 
 MS = 1_000_000

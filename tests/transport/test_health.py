@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.repository.manager import ControlMode
 from support import models

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+
 from sluice_server.http.app import metrics_app
 from sluice_server.http.server import HttpListener
 from sluice_server.status import Code

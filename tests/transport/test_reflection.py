@@ -7,6 +7,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from support import models
 from support.fakes import PATIENCE_S
 from support.server import SERVICE, RunningServer, running, server_settings

@@ -21,9 +21,9 @@ from sluice_server.observability.statistics import FailureReason
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sluice_batching import BatchQueue, Taken
     from typing_extensions import Buffer
 
+    from sluice_batching import BatchQueue, Taken
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.statistics import ModelStatistics
     from sluice_server.status import StatusMapper

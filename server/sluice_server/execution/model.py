@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING
 
 from sluice_batching import Draining, QueueFull, RequestTooLarge
-
 from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SluiceError
 from sluice_server.observability.statistics import FailureReason, Outcome
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
     from sluice_batching import BatchingError, BatchQueue, ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
-
     from sluice_server.execution.instance import BatchRunner, Instance
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.statistics import ModelStatistics

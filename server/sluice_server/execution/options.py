@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnxruntime
-from sluice_proto.model_config_pb2 import ModelConfig
 
+from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_server.execution import runtime
 from sluice_server.execution.parameters import BadOption, parameter_values, pick, read_choice, read_int, read_switch
 from sluice_server.execution.threads import EXECUTION_MODES, ThreadPlan

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 from sluice_proto.model_config_pb2 import ModelConfig
-
 from sluice_server.errors import InvalidArgument
 
 _SWITCHES = {"1": True, "true": True, "0": False, "false": False}

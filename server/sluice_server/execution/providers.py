@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelOptimizationPolicy
-
 from sluice_server.errors import InvalidArgument
 from sluice_server.execution.parameters import BadOption, parameter_values, read_choice, read_switch
 

@@ -11,10 +11,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
+
 from sluice_proto import errors as proto_errors
 from sluice_proto import tensors, wire
 from sluice_proto.grpc_service_pb2 import ModelInferRequest
-
 from sluice_server.errors import InvalidArgument, Unimplemented
 from sluice_server.execution.request import InferRequest
 from sluice_server.graph import format_shape

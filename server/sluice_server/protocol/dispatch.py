@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError, Message
-from sluice_proto.grpc_service_pb2 import DESCRIPTOR
 
+from sluice_proto.grpc_service_pb2 import DESCRIPTOR
 from sluice_server.errors import InvalidArgument, Unavailable, Unimplemented
 from sluice_server.observability.statistics import Outcome
 from sluice_server.protocol.decode import ParsedRequest, decode

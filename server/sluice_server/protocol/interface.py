@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sluice_proto.tensors import BY_CONFIG_TYPE, DType
-
 from sluice_server.graph import VARIABLE
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sluice_proto import grpc_service_pb2 as pb
-
 from sluice_server.errors import InvalidArgument, NotFound, Unimplemented
 from sluice_server.observability.statistics import to_proto
 from sluice_server.repository.manager import Override

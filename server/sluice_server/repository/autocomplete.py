@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final, cast
 
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelVersionPolicy
 from sluice_proto.tensors import BY_NAME
-
 from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.fields import check_fields

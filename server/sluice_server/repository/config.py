@@ -9,9 +9,9 @@ from typing import Any, Final, cast
 
 from google.protobuf import json_format, text_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
 from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_proto.pool import POOL
-
 from sluice_server.repository.errors import ConfigError
 
 MAX_CONFIG_BYTES: Final = 4 << 20

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup
 from sluice_proto.tensors import BY_CONFIG_TYPE
-
 from sluice_server.graph import GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.autocomplete import fixed_tensor
 from sluice_server.repository.validate import Tensor

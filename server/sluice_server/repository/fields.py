@@ -10,8 +10,8 @@ from typing import Final
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from sluice_proto.model_config_pb2 import ModelConfig
 
+from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_server.repository.errors import ConfigError
 
 IMPLEMENTED: Final = frozenset(

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from sluice_proto.model_config_pb2 import ModelConfig
-
     from sluice_server.execution.model import ServedModel
     from sluice_server.repository.layout import ModelDirectory, Repositories
 

@@ -6,7 +6,6 @@ from typing import Final
 
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup, ModelOutput
 from sluice_proto.tensors import BY_CONFIG_TYPE
-
 from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 

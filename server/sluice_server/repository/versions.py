@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from typing import Final
 
 from sluice_proto.model_config_pb2 import ModelVersionPolicy
-
 from sluice_server.errors import InvalidArgument
 
 MAX_VERSION: Final = 2**63 - 1

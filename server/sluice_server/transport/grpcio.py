@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
-from sluice_batching import NO_DEADLINE
 
+from sluice_batching import NO_DEADLINE
 from sluice_server.status import OK, Code, Status
 from sluice_server.transport.call import Call, ListenError
 from sluice_server.transport.gathering import HOLD_NS, Gathering

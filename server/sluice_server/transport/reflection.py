@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
+
 from sluice_proto import grpc_service_pb2, model_config_pb2
 
 if TYPE_CHECKING:
