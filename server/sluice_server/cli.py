@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from sluice_server.check import check_models
 from sluice_server.errors import SluiceError
-from sluice_server.lifecycle import Server, StartError, check_runtime, termination
+from sluice_server.lifecycle import Server, StartError, check_runtime
 from sluice_server.observability.logs import configure
 from sluice_server.observability.tracing import TracingError
 from sluice_server.settings import ModelSettings, SettingsError, parse_serve
+from sluice_server.termination import Termination
 from sluice_server.transport import ListenError
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Sequence
 
     from sluice_server.settings import ServerSettings
@@ -35,11 +35,12 @@ def serve(argv: Sequence[str]) -> int:
     except SettingsError as error:
         return _say("serve", error, code=2)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    with termination() as asked:
-        return _serve(settings, asked)
+    termination = Termination()
+    with termination.listening():
+        return _serve(settings, termination)
 
 
-def _serve(settings: ServerSettings, asked_to_end: threading.Event) -> int:
+def _serve(settings: ServerSettings, termination: Termination) -> int:
     try:
         configure(settings.log)
         check_runtime()
@@ -48,8 +49,8 @@ def _serve(settings: ServerSettings, asked_to_end: threading.Event) -> int:
         return _say("serve", error)
     code, finished = 0, True
     try:
-        server.start(asked_to_end.is_set)
-        asked_to_end.wait()
+        server.start(lambda: termination.asked)
+        termination.wait()
     except (ListenError, SluiceError, StartError) as error:
         code = _say("serve", error)
     finally:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import logging
-import signal
 import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sluice_batching import ExpiryTimer
@@ -36,7 +34,7 @@ from sluice_server.status import StatusMapper
 from sluice_server.transport.grpcio import GrpcioOptions, GrpcioTransport, TlsFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from starlette.applications import Starlette
@@ -177,25 +175,6 @@ class Server:
         self.transport.set_serving(name, serving=ready)
         if not name:
             self.transport.set_serving(self.transport.service, serving=ready)
-
-
-@contextmanager
-def termination() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the second one ends the process at once."""
-    asked = threading.Event()
-
-    def on_signal(number: int, _frame: object) -> None:
-        if asked.is_set():
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        asked.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _listener(app: Starlette, settings: HttpSettings | None) -> HttpListener | None:

@@ -1,8 +1,9 @@
-"""The commands in this process: what they print, what they return, and the logging that they leave behind."""
+"""The commands in this process: what they print, what they return, and what they leave behind."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def own_logging() -> Iterator[None]:
+def own_process() -> Iterator[None]:
     """Undo what `sluice serve` configures for its whole process."""
     root = logging.getLogger()
     loggers = [root, *map(logging.getLogger, OWN_LOGGERS)]
     levels = [logger.level for logger in loggers]
+    switch_interval_s = sys.getswitchinterval()
     yield
+    sys.setswitchinterval(switch_interval_s)
     for handler in [handler for handler in root.handlers if handler.get_name() == HANDLER_NAME]:
         root.removeHandler(handler)
         handler.close()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from heavy import slow_to_load
 from processes import Addresses, seconds_since, serve
+
 from sluice_proto import grpc_service_pb2 as pb
 from support import models
 from support.fakes import PATIENCE_S, eventually
@@ -92,7 +93,7 @@ def test_a_second_signal_ends_the_process_at_once(slow_models):
             process.signal(signal.SIGINT)
             eventually(lambda: server.http_status("/v2/health/ready") == 400, "the first signal has arrived")
             process.signal(signal.SIGTERM)
-            assert process.wait() == -signal.SIGTERM
+            assert process.wait() == 128 + signal.SIGTERM
     assert "server has stopped" not in process.messages()
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FLAGS = ("--grpc-port=0", "--http-port=0", "--metrics-port=0", "--grpc-address=127.0.0.1", "--http-address=127.0.0.1")
 
-pytestmark = pytest.mark.usefixtures("own_logging")
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 @pytest.fixture
