@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
     from sluice_server.settings import ServerSettings
 
-SWITCH_INTERVAL_S = 0.0005
-"""How long a thread may keep the interpreter while another waits. Python's default of 5 ms is as long as a whole
-request: an instance would stand idle for so long after a run, and an expired request would be answered so much late."""
-
 
 def serve(argv: Sequence[str]) -> int:
     """Serve models until SIGTERM or SIGINT."""
@@ -34,7 +30,6 @@ def serve(argv: Sequence[str]) -> int:
         settings = parse_serve(argv)
     except SettingsError as error:
         return _say("serve", error, code=2)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     termination = Termination()
     with termination.listening():
         return _serve(settings, termination)
