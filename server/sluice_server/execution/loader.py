@@ -182,8 +182,7 @@ class ModelLoader:
             batching=batching,
             max_delay_ns=scheduler.max_queue_delay_microseconds * NS_PER_US if batching else 0,
             preferred_batch_rows=tuple(sorted(preferred)) if batching else (),
-            # A bound below one batch would refuse requests that the model takes; 0 is no bound.
-            max_queue_rows=self._settings.queue_rows and max(self._settings.queue_rows, config.max_batch_size),
+            max_queue_rows=self._settings.queue_rows,
             max_queue_bytes=self._settings.queue_bytes,
         )
 
