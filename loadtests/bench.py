@@ -39,8 +39,8 @@ class Plan:
     """How much is measured."""
 
     models: tuple[str, ...]
-    rounds: int = 3
-    round_s: float = 4.0
+    rounds: int = 5
+    round_s: float = 2.5
     trial_s: float = 0.5
     """Each trial before the rounds: the request rate of a server, a batch size of the bare loop."""
     soak_warmup_requests: int = 10_000
