@@ -1,14 +1,21 @@
 """The transport seam: what one RPC is to everything above, and what a transport promises.
 
-A transport owns sockets, HTTP/2, gRPC framing and TLS, and decides nothing. It hands calls upwards in lists, one
-list for everything that arrived since the last one, and takes their ends back from any thread, in any order.
+A transport owns sockets, HTTP/2, gRPC framing and TLS, and decides nothing. It is told which methods there are, by
+their paths, and answers every other path with UNIMPLEMENTED itself. It hands calls upwards in lists, one list for
+everything that arrived since the last one, and takes their ends back from any thread, in any order. A unary RPC is one
+`Call`. Of a stream each message is one, and one more without a message when the client has sent its last; what is sent
+back, and the end, go through the `Stream` that they share.
 
 Promises of a transport:
 
-* a call ends exactly once: by `reply`, by `fail`, or because its client went away; the first of them counts, and is
-  counted in `outcomes`; later ones are without effect;
+* a unary call ends exactly once: by `reply`, by `fail`, or because its client went away; a stream by `finish` or
+  because its client went away; the first of them counts, and is counted in `outcomes`; later ones are without effect;
 * `on_cancel` is called at most once, on the transport's own thread, when the client went away (cancelled,
-  disconnected, deadline passed) before the end, and never after it;
+  disconnected, deadline passed) before the end, and never after it; it is called too when it is set only after that;
+* the messages of a stream come in their order, and none comes after its end;
+* the client gets what is sent in the order of the calls of `send`, all of it before the status of `finish`;
+* no more than `STREAM_AHEAD` messages of a stream go up beyond those that were sent back and written: further ones
+  stay unread, so that HTTP/2's flow control holds the client, one that does not read its answers too;
 * the handler is never called from two threads at once.
 """
 
@@ -17,7 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from sluice_server.status import Code
+from sluice_server.status import OK, Code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +36,9 @@ if TYPE_CHECKING:
 Metadata = tuple[tuple[str, str | bytes], ...]
 """Request headers in the order they came; keys that end in `-bin` have bytes."""
 
+STREAM_AHEAD = 1024
+"""Messages of one stream in the server at a time: fills the largest batches, and bounds what one stream holds."""
+
 CLIENT_ROUNDING = 100
 """gRPC sends a timeout in three digits, rounded up: by its own clock the client leaves up to a hundredth earlier."""
 
@@ -36,15 +46,48 @@ CLIENT_EARLY_NS = 2_000_000
 """Both sides count deadlines in whole milliseconds, each with its own rounding."""
 
 
+class Stream(ABC):
+    """One stream in progress, as its transport owns it: the same object for all of its messages."""
+
+    __slots__ = ("deadline_ns", "method", "on_cancel", "state")
+
+    method: str
+    """The RPC's path, e.g. `/inference.GRPCInferenceService/ModelStreamInfer`."""
+    deadline_ns: int
+    """When the client stops waiting for the whole stream, as for a call."""
+    state: Any
+    """Belongs to whoever serves the stream; None at first."""
+    on_cancel: Callable[[], None] | None
+    """Set by whoever serves the stream; called when the client went away."""
+
+    @property
+    @abstractmethod
+    def metadata(self) -> Metadata:
+        """The request's headers."""
+
+    @property
+    @abstractmethod
+    def peer(self) -> str:
+        """The client's address, as for a call."""
+
+    @abstractmethod
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """Send one message, which `parts` make up when joined; from any thread."""
+
+    @abstractmethod
+    def finish(self, status: Status = OK) -> None:
+        """End the stream behind everything that was sent; from any thread."""
+
+
 class Call(ABC):
-    """One unary RPC in progress, as its transport owns it."""
+    """One unary RPC in progress, or one message of a stream, as its transport owns it."""
 
     __slots__ = ("deadline_ns", "message", "method", "on_cancel", "received_ns")
 
     method: str
-    """The RPC's name without its service, e.g. `ModelInfer`."""
-    message: bytes
-    """The request message as it came, decompressed."""
+    """The RPC's path as on the wire, e.g. `/inference.GRPCInferenceService/ModelInfer`."""
+    message: Any
+    """The request message as it came, decompressed: `bytes`. None, of a stream: the client has sent its last one."""
     received_ns: int
     """When the message was complete, on the monotonic clock."""
     deadline_ns: int
@@ -52,7 +95,9 @@ class Call(ABC):
     sampled: ClassVar[bool] = False
     """Whether anybody listens to `describe`."""
     on_cancel: Callable[[], None] | None
-    """Set by whoever holds the call for longer; called when the client went away."""
+    """Set by whoever holds a unary call for longer; called when the client went away."""
+    stream: Stream | None = None
+    """The stream that this is a message of: answered through it alone, not by `reply` and `fail`. None: a unary RPC."""
 
     @property
     @abstractmethod
@@ -69,8 +114,7 @@ class Call(ABC):
 
     def code_of_leaving(self, now_ns: int) -> Code:
         """Why a client left at this time: DEADLINE_EXCEEDED when its time was up by its own clock, else CANCELLED."""
-        early_ns = CLIENT_EARLY_NS + (self.deadline_ns - self.received_ns) // CLIENT_ROUNDING
-        return Code.DEADLINE_EXCEEDED if now_ns >= self.deadline_ns - early_ns else Code.CANCELLED
+        return code_of_leaving(self.received_ns, self.deadline_ns, now_ns)
 
     @abstractmethod
     def reply(self, parts: Sequence[Buffer]) -> None:
@@ -82,11 +126,13 @@ class Call(ABC):
 
 
 class Transport(Protocol):
-    """What the server needs of a transport, whichever library is behind it."""
+    """What the server needs of a transport, whichever library is behind it.
+
+    It is made with the handler of its lists and with `methods`: the path of every RPC that there is, and whether that
+    streams.
+    """
 
     name: str
-    service: str
-    """The gRPC service that it serves, by its full name."""
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -95,15 +141,18 @@ class Transport(Protocol):
     def start(self) -> None:
         """Bind and serve, or raise `ListenError`; returns when clients can connect."""
 
-    def set_serving(self, service: str, *, serving: bool) -> None:
-        """Say what grpc.health.v1 answers for a service or model name; `""` is the whole server."""
-
     def stop(self, grace_s: float) -> None:
         """Refuse new calls at once, wait up to `grace_s` seconds for accepted ones, cancel the rest."""
 
     def outcomes(self) -> Mapping[tuple[str, Code], int]:
-        """How many calls of each method have ended with each code since the start."""
+        """How many calls of each method, by its path, have ended with each code since the start; a stream is one."""
 
 
 class ListenError(Exception):
     """An address cannot be listened on; the text names it and the reason."""
+
+
+def code_of_leaving(began_ns: int, deadline_ns: int, now_ns: int) -> Code:
+    """Why a client left at `now_ns`: DEADLINE_EXCEEDED when its time was up by its own clock, else CANCELLED."""
+    early_ns = CLIENT_EARLY_NS + (deadline_ns - began_ns) // CLIENT_ROUNDING
+    return Code.DEADLINE_EXCEEDED if now_ns >= deadline_ns - early_ns else Code.CANCELLED
