@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import logging
-import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,15 +30,15 @@ from sluice_server.repository.layout import Repositories
 from sluice_server.repository.manager import ModelManager
 from sluice_server.security.control import ControlPolicy
 from sluice_server.status import StatusMapper
-from sluice_server.transport.grpcio import GrpcioOptions, GrpcioTransport, TlsFiles
+from sluice_server.transport.certificates import check_tls
+from sluice_server.transport.grpcio import GrpcioTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from starlette.applications import Starlette
 
-    from sluice_server.settings import GrpcSettings, HttpSettings, ServerSettings
+    from sluice_server.settings import HttpSettings, ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,9 @@ class Server:
         identity = ServerIdentity(settings.server_id, self._version)
         rpcs = rpc_table(self.manager, identity, ControlPolicy(allow_any=settings.allow_any_control))
         dispatcher = Dispatcher(self.manager, rpcs, to_status, self._slow_pool, self._tracer)
-        self.transport = GrpcioTransport(dispatcher, STREAMS, _transport_options(settings.grpc))
+        if settings.grpc.tls is not None:
+            check_tls(settings.grpc.tls)
+        self.transport = GrpcioTransport(dispatcher, STREAMS, settings.grpc)
         rest = rest_app(self.manager, identity, EXTENSIONS, to_status)
         self._rest = _listener(rest, settings.http)
         self._metrics = _listener(metrics_app(self.render_metrics), settings.metrics)
@@ -179,32 +180,3 @@ class Server:
 
 def _listener(app: Starlette, settings: HttpSettings | None) -> HttpListener | None:
     return None if settings is None else HttpListener(app, settings.address, settings.port)
-
-
-def _transport_options(settings: GrpcSettings) -> GrpcioOptions:
-    tls = None
-    if settings.certificate is not None and settings.key is not None:
-        try:
-            roots = settings.client_roots.read_bytes() if settings.client_roots is not None else None
-            tls = TlsFiles(settings.certificate.read_bytes(), settings.key.read_bytes(), roots)
-        except OSError as error:
-            raise StartError(f"cannot read {error.filename} for TLS: {error.strerror}") from error
-        _check_pem(settings.certificate, settings.key, settings.client_roots)
-    return GrpcioOptions(
-        address=settings.target, tls=tls, reuse_port=settings.reuse_port, channel_args=settings.channel_args
-    )
-
-
-def _check_pem(certificate: Path, key: Path, client_roots: Path | None) -> None:
-    """Raise StartError for files that gRPC would not take: it says so in its own log only."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # An empty password, so that an encrypted key is refused and not asked for at the terminal.
-        context.load_cert_chain(certificate, key, password=b"")
-    except ssl.SSLError as error:
-        raise StartError(f"{certificate} and {key} are no certificate and its key in PEM: {error.reason}") from error
-    if client_roots is not None:
-        try:
-            context.load_verify_locations(client_roots)
-        except ssl.SSLError as error:
-            raise StartError(f"{client_roots} has no certificates in PEM: {error.reason}") from error

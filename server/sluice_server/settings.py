@@ -9,13 +9,23 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sluice_server.observability.logs import LogOptions
 from sluice_server.repository.manager import ControlMode
+from sluice_server.transport.options import (
+    CONNECTIONS_MAX,
+    HEADER_BYTES_MAX,
+    MESSAGE_BYTES_MAX,
+    STREAMS_MAX,
+    UNIX_PREFIX,
+    Compression,
+    TlsFiles,
+    TransportOptions,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 QUEUE_ROWS_DEFAULT = 65_536
 """Rows that may wait per model: at the slowest useful model (some 100 rows/s) already minutes of work."""
@@ -26,27 +36,8 @@ QUEUE_BYTES_DEFAULT = 1 << 30
 MAX_BATCH_DEFAULT = 4
 """Triton's default-max-batch-size for models whose configuration is completed from the file."""
 
-UNIX_PREFIX = "unix:"
-
-
-@dataclass(frozen=True, slots=True)
-class GrpcSettings:
-    """The gRPC listener. `address` is a host, an IPv6 address, or `unix:PATH` (the port is then without meaning)."""
-
-    address: str = "0.0.0.0"  # noqa: S104 - as in Triton: clients are on other hosts
-    port: int = 8001
-    reuse_port: bool = False
-    certificate: Path | None = None
-    key: Path | None = None
-    client_roots: Path | None = None
-    channel_args: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def target(self) -> str:
-        """The address as gRPC wants it."""
-        if self.address.startswith(UNIX_PREFIX):
-            return self.address
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+NUMBER_MAX = 2**31 - 1
+"""What gRPC's C core takes for a number or for milliseconds; as a time, it stands for ever there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +68,7 @@ class ServerSettings:
     """Everything that `sluice serve` was told."""
 
     models: ModelSettings
-    grpc: GrpcSettings
+    grpc: TransportOptions
     http: HttpSettings | None
     metrics: HttpSettings | None
     log: LogOptions
@@ -108,7 +99,6 @@ REFUSED: dict[str, str] = {
     "--enable-peer-access": "peer access is ONNX Runtime's affair",
     "--grpc-header-forward-pattern": "headers are not forwarded to models",
     "--grpc-infer-allocation-pool-size": "there is no pool of request objects",
-    "--grpc-infer-response-compression-level": "responses are not compressed yet",
     "--grpc-infer-thread-count": "one event loop takes all requests",
     "--grpc-max-response-pool-size": "there is no pool of response objects",
     "--grpc-restricted-protocol": "restricting protocols by header is not there yet",
@@ -146,28 +136,6 @@ REFUSED: dict[str, str] = {
     "--vertex-ai-thread-count": "the Vertex AI front end is not there",
 }
 """Triton's flags that this version does not have, with the reason."""
-
-# flag -> (the argument of gRPC's C core, what the number is)
-_CHANNEL_FLAGS: dict[str, tuple[str, str]] = {
-    "--grpc-keepalive-time": ("grpc.keepalive_time_ms", "milliseconds of silence before a keepalive ping"),
-    "--grpc-keepalive-timeout": ("grpc.keepalive_timeout_ms", "milliseconds to wait for the answer to a ping"),
-    "--grpc-keepalive-permit-without-calls": ("grpc.keepalive_permit_without_calls", "ping idle connections too"),
-    "--grpc-http2-max-pings-without-data": ("grpc.http2.max_pings_without_data", "pings without data in between"),
-    "--grpc-http2-min-recv-ping-interval-without-data": (
-        "grpc.http2.min_ping_interval_without_data_ms",
-        "milliseconds that must lie between a client's pings",
-    ),
-    "--grpc-http2-max-ping-strikes": ("grpc.http2.max_ping_strikes", "bad pings before a connection is closed"),
-    "--grpc-max-connection-age": ("grpc.max_connection_age_ms", "milliseconds a connection may live"),
-    "--grpc-max-connection-age-grace": (
-        "grpc.max_connection_age_grace_ms",
-        "milliseconds for its calls to end after that",
-    ),
-}
-
-
-_CHANNEL_SWITCHES = ("--grpc-keepalive-permit-without-calls",)
-"""Those that take true or false instead of a number."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -214,6 +182,90 @@ def _port(text: str) -> int:
     if value > 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 0 (any that is free) to 65535, got {text!r}")
     return value
+
+
+def _positive(text: str) -> int:
+    value = _whole(text)
+    if not 0 < value <= NUMBER_MAX:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {NUMBER_MAX}, got {text!r}")
+    return value
+
+
+def _compression(text: str) -> Compression:
+    try:
+        return Compression(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(Compression)}, got {text!r}") from None
+
+
+def _message_bytes(text: str) -> int:
+    value = _positive(text)
+    if value > MESSAGE_BYTES_MAX:
+        raise argparse.ArgumentTypeError(f"expected at most {MESSAGE_BYTES_MAX}, got {text!r}")
+    return value
+
+
+def _time_s(text: str) -> float:
+    """Milliseconds, as all of Triton's gRPC flags have them."""
+    return _positive(text) / 1e3
+
+
+def _time_or_0_s(text: str) -> float:
+    return _whole(text) / 1e3
+
+
+def _age_s(text: str) -> float | None:
+    """0 is Triton's default and means no limit."""
+    return _whole(text) / 1e3 or None
+
+
+def _mode(text: str) -> int:
+    try:
+        value = int(text, 8)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 0o777:
+        raise argparse.ArgumentTypeError(f"expected permissions in octal digits, e.g. 660, got {text!r}")
+    return value
+
+
+_MS, _N, _SWITCH = "MS", "N", "true|false"
+
+# flag -> (the field of TransportOptions, its parser, its metavar, its help)
+_TRANSPORT_FLAGS: dict[str, tuple[str, Callable[[str], Any], str, str]] = {
+    "--grpc-keepalive-time": ("keepalive_time_s", _time_s, _MS, "silence before a keepalive ping (7200000)"),
+    "--grpc-keepalive-timeout": ("keepalive_timeout_s", _time_s, _MS, "to wait for the answer to a ping (20000)"),
+    "--grpc-keepalive-permit-without-calls": (
+        "keepalive_permit_without_calls", _flag_bool, _SWITCH, "ping idle connections too (false)",
+    ),
+    "--grpc-http2-max-pings-without-data": (
+        "http2_max_pings_without_data", _whole, _N, "our pings without data in between (2); 0: any number",
+    ),
+    "--grpc-http2-min-recv-ping-interval-without-data": (
+        "http2_min_recv_ping_interval_without_data_s", _time_or_0_s, _MS,
+        "that must lie between a client's pings (300000)",
+    ),
+    "--grpc-http2-max-ping-strikes": (
+        "http2_max_ping_strikes", _whole, _N, "bad pings before a connection is closed (2); 0: any number",
+    ),
+    "--grpc-max-connection-age": ("max_connection_age_s", _age_s, _MS, "a connection may live (0: for ever)"),
+    "--grpc-max-connection-age-grace": (
+        "max_connection_age_grace_s", _age_s, _MS, "for its calls to end after that (0: for ever)",
+    ),
+    "--grpc-infer-response-compression-level": (
+        "compression", _compression, "|".join(Compression), "of responses, for clients that take them so (none)",
+    ),
+    "--grpc-max-concurrent-streams": (
+        "max_concurrent_streams", _positive, _N, f"calls in flight per connection ({STREAMS_MAX})",
+    ),
+    "--grpc-max-message-bytes": ("max_message_bytes", _message_bytes, _N, f"of one message ({MESSAGE_BYTES_MAX})"),
+    "--grpc-max-header-bytes": ("max_header_bytes", _positive, _N, f"of a request's headers ({HEADER_BYTES_MAX})"),
+    "--grpc-handshake-timeout": ("handshake_timeout_s", _time_s, _MS, "for the handshakes of TLS and HTTP/2 (20000)"),
+    "--grpc-stall-timeout": (
+        "stall_timeout_s", _time_s, _MS, "a peer that owes or is owed bytes may make no progress (60000); native only",
+    ),
+    "--grpc-max-connections": ("max_connections", _positive, _N, f"at the same time ({CONNECTIONS_MAX}); native only"),
+}  # fmt: skip
 
 
 def _serve_parser() -> argparse.ArgumentParser:
@@ -264,11 +316,10 @@ def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
     add("--grpc-server-cert", type=Path, metavar="FILE", help="the server's certificate, PEM")
     add("--grpc-server-key", type=Path, metavar="FILE", help="the server's key, PEM")
     add("--grpc-root-cert", type=Path, metavar="FILE", help="whom clients' certificates must be signed by, PEM")
-    for flag, (_, what) in _CHANNEL_FLAGS.items():
-        if flag in _CHANNEL_SWITCHES:
-            add(flag, type=_flag_bool, metavar="true|false", help=what)
-        else:
-            add(flag, type=int, metavar="N", help=what)
+    add("--grpc-unix-mode", type=_mode, metavar="OCTAL",
+        help="the permissions of the socket's file when --grpc-address is unix:PATH (as the umask has it)")  # fmt: skip
+    for flag, (_, parse, metavar, what) in _TRANSPORT_FLAGS.items():
+        add(flag, type=parse, metavar=metavar, help=what)
 
 
 def _add_life_flags(parser: argparse.ArgumentParser) -> None:
@@ -316,7 +367,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
             queue_rows=args.default_queue_rows,
             queue_bytes=args.default_queue_bytes,
         ),
-        grpc=_grpc_settings(args),
+        grpc=_transport_options(args),
         http=HttpSettings(_address(args.http_address), args.http_port) if args.allow_http else None,
         metrics=_metrics_settings(args),
         log=LogOptions(
@@ -351,28 +402,37 @@ def _metrics_settings(args: argparse.Namespace) -> HttpSettings | None:
     )
 
 
-def _grpc_settings(args: argparse.Namespace) -> GrpcSettings:
-    tls = args.grpc_use_ssl or args.grpc_use_ssl_mutual
+def _transport_options(args: argparse.Namespace) -> TransportOptions:
+    address = _address(args.grpc_address)
+    is_unix = address.startswith(UNIX_PREFIX)
+    if args.grpc_unix_mode is not None and not is_unix:
+        raise SettingsError("--grpc-unix-mode needs --grpc-address=unix:PATH: only a file has permissions")
+    host = f"[{address}]" if ":" in address else address
+    given = {
+        field: value
+        for flag, (field, *_) in _TRANSPORT_FLAGS.items()
+        if (value := getattr(args, flag.removeprefix("--").replace("-", "_"))) is not None
+    }
+    return TransportOptions(
+        address=address if is_unix else f"{host}:{args.grpc_port}",
+        reuse_port=args.reuse_grpc_port,
+        unix_mode=args.grpc_unix_mode,
+        tls=_tls_files(args),
+        **given,
+    )
+
+
+def _tls_files(args: argparse.Namespace) -> TlsFiles | None:
+    if not (args.grpc_use_ssl or args.grpc_use_ssl_mutual):
+        return None
     needed = {"--grpc-server-cert": args.grpc_server_cert, "--grpc-server-key": args.grpc_server_key}
     if args.grpc_use_ssl_mutual:
         needed["--grpc-root-cert"] = args.grpc_root_cert
-    if tls:
-        for flag, value in needed.items():
-            if value is None:
-                raise SettingsError(f"TLS on the gRPC port needs {flag}")
-    return GrpcSettings(
-        address=_address(args.grpc_address),
-        port=args.grpc_port,
-        reuse_port=args.reuse_grpc_port,
-        certificate=args.grpc_server_cert if tls else None,
-        key=args.grpc_server_key if tls else None,
-        client_roots=args.grpc_root_cert if args.grpc_use_ssl_mutual else None,
-        channel_args=tuple(
-            (argument, int(value))
-            for flag, (argument, _) in _CHANNEL_FLAGS.items()
-            if (value := getattr(args, flag.removeprefix("--").replace("-", "_"))) is not None
-        ),
-    )
+    for flag, value in needed.items():
+        if value is None:
+            raise SettingsError(f"TLS on the gRPC port needs {flag}")
+    roots = args.grpc_root_cert if args.grpc_use_ssl_mutual else None
+    return TlsFiles(args.grpc_server_cert, args.grpc_server_key, roots)
 
 
 def _default_max_batch_size(entries: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ import trustme
 
 import sluice_client
 from sluice_server.repository.manager import ControlMode
-from sluice_server.settings import GrpcSettings
+from sluice_server.transport.options import TlsFiles, TransportOptions
 from support import models
 from support.server import LOOPBACK
 
@@ -47,14 +47,9 @@ class Certificates:
             leaf.private_key_pem.write_to_path(key)
         return files
 
-    def listener(self, *, mutual: bool) -> GrpcSettings:
-        return GrpcSettings(
-            LOOPBACK,
-            0,
-            certificate=self.server_certificate,
-            key=self.server_key,
-            client_roots=self.roots if mutual else None,
-        )
+    def listener(self, *, mutual: bool) -> TransportOptions:
+        files = TlsFiles(self.server_certificate, self.server_key, self.roots if mutual else None)
+        return TransportOptions(f"{LOOPBACK}:0", tls=files)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +62,8 @@ def start(start_server, repository):
     """Start a server of one model on a gRPC listener; gives its address."""
     models.write_model(repository, "echo", models.identity(), max_batch_size=8)
 
-    def begin(grpc_settings: GrpcSettings, **changes) -> str:
-        server = start_server(repository, grpc=grpc_settings, http=None, metrics=None, **changes)
+    def begin(options: TransportOptions, **changes) -> str:
+        server = start_server(repository, grpc=options, http=None, metrics=None, **changes)
         target: str = server.target
         return target
 
@@ -120,7 +115,7 @@ def test_a_client_without_tls_is_refused_by_a_listener_with_tls(start, certifica
 def test_a_unix_socket_serves_and_its_peers_may_control(start, tmp_path):
     path = tmp_path / "socket"
     explicit = {"control_mode": ControlMode.EXPLICIT}
-    target = start(GrpcSettings(f"unix:{path}"), models=explicit)
+    target = start(TransportOptions(f"unix:{path}"), models=explicit)
     assert target == f"unix:{path}"
     with triton.InferenceServerClient(target) as client:
         client.load_model("echo")
@@ -132,12 +127,12 @@ def test_a_socket_that_an_earlier_server_left_is_replaced(start, tmp_path):
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
-    np.testing.assert_array_equal(ask_by_tritonclient(start(GrpcSettings(f"unix:{path}"))), ROWS)
+    np.testing.assert_array_equal(ask_by_tritonclient(start(TransportOptions(f"unix:{path}"))), ROWS)
 
 
 @pytest.mark.parametrize("address", ["localhost", "0.0.0.0"])
 def test_a_listener_on_a_name_or_on_every_address_is_reached_by_the_loopback(address, start):
-    port = start(GrpcSettings(address, 0)).rpartition(":")[2]
+    port = start(TransportOptions(f"{address}:0")).rpartition(":")[2]
     np.testing.assert_array_equal(ask_by_tritonclient(f"{LOOPBACK}:{port}"), ROWS)
 
 

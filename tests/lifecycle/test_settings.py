@@ -10,6 +10,7 @@ import pytest
 from sluice_server import settings
 from sluice_server.repository.manager import ControlMode
 from sluice_server.settings import REFUSED, HttpSettings, SettingsError, parse_serve
+from sluice_server.transport.options import Compression, TlsFiles, TransportOptions
 
 REPOSITORY = "--model-repository=/models"
 
@@ -38,26 +39,39 @@ FLAGS = [
     ([], "models.queue_rows", settings.QUEUE_ROWS_DEFAULT),
     (["--default-queue-rows=0"], "models.queue_rows", 0),
     (["--default-queue-bytes=1024"], "models.queue_bytes", 1024),
-    ([], "grpc.target", "0.0.0.0:8001"),
-    (["--grpc-address=127.0.0.1", "--grpc-port=1"], "grpc.target", "127.0.0.1:1"),
-    (["--grpc-address=::1"], "grpc.target", "[::1]:8001"),
-    (["--grpc-address=[::]"], "grpc.target", "[::]:8001"),
-    (["--grpc-address=unix:/run/sluice"], "grpc.target", "unix:/run/sluice"),
+    ([], "grpc.address", "0.0.0.0:8001"),
+    (["--grpc-address=127.0.0.1", "--grpc-port=1"], "grpc.address", "127.0.0.1:1"),
+    (["--grpc-address=::1"], "grpc.address", "[::1]:8001"),
+    (["--grpc-address=[::]"], "grpc.address", "[::]:8001"),
+    (["--grpc-address=unix:/run/sluice"], "grpc.address", "unix:/run/sluice"),
     ([], "grpc.reuse_port", False),
     (["--reuse-grpc-port=true"], "grpc.reuse_port", True),
-    (TLS, "grpc.certificate", None),
-    ([*TLS, "--grpc-use-ssl=true"], "grpc.certificate", Path("c.pem")),
-    ([*TLS, "--grpc-use-ssl=true"], "grpc.key", Path("k.pem")),
-    ([*TLS, "--grpc-use-ssl=true", "--grpc-root-cert=r.pem"], "grpc.client_roots", None),
-    ([*TLS, "--grpc-use-ssl-mutual=true", "--grpc-root-cert=r.pem"], "grpc.client_roots", Path("r.pem")),
-    ([], "grpc.channel_args", ()),
-    (["--grpc-keepalive-time=7000"], "grpc.channel_args", (("grpc.keepalive_time_ms", 7000),)),
+    ([], "grpc", TransportOptions()),
+    (["--grpc-address=unix:/run/sluice", "--grpc-unix-mode=660"], "grpc.unix_mode", 0o660),
+    (TLS, "grpc.tls", None),
+    ([*TLS, "--grpc-use-ssl=true"], "grpc.tls", TlsFiles(Path("c.pem"), Path("k.pem"))),
+    ([*TLS, "--grpc-use-ssl=true", "--grpc-root-cert=r.pem"], "grpc.tls.client_roots", None),
+    ([*TLS, "--grpc-use-ssl-mutual=true", "--grpc-root-cert=r.pem"], "grpc.tls.client_roots", Path("r.pem")),
+    (["--grpc-keepalive-time=7000"], "grpc.keepalive_time_s", 7.0),
+    (["--grpc-keepalive-timeout=100"], "grpc.keepalive_timeout_s", 0.1),
+    (["--grpc-keepalive-permit-without-calls=true"], "grpc.keepalive_permit_without_calls", True),
+    (["--grpc-http2-max-pings-without-data=0"], "grpc.http2_max_pings_without_data", 0),
     (
-        ["--grpc-keepalive-permit-without-calls=true"],
-        "grpc.channel_args",
-        (("grpc.keepalive_permit_without_calls", 1),),
+        ["--grpc-http2-min-recv-ping-interval-without-data=10000"],
+        "grpc.http2_min_recv_ping_interval_without_data_s",
+        10.0,
     ),
-    (["--grpc-max-connection-age=5"], "grpc.channel_args", (("grpc.max_connection_age_ms", 5),)),
+    (["--grpc-http2-max-ping-strikes=5"], "grpc.http2_max_ping_strikes", 5),
+    (["--grpc-max-connection-age=5"], "grpc.max_connection_age_s", 0.005),
+    (["--grpc-max-connection-age=0"], "grpc.max_connection_age_s", None),
+    (["--grpc-max-connection-age-grace=5"], "grpc.max_connection_age_grace_s", 0.005),
+    (["--grpc-infer-response-compression-level=medium"], "grpc.compression", Compression.MEDIUM),
+    (["--grpc-max-concurrent-streams=100"], "grpc.max_concurrent_streams", 100),
+    (["--grpc-max-message-bytes=4194304"], "grpc.max_message_bytes", 4 << 20),
+    (["--grpc-max-header-bytes=8192"], "grpc.max_header_bytes", 8192),
+    (["--grpc-handshake-timeout=5000"], "grpc.handshake_timeout_s", 5.0),
+    (["--grpc-stall-timeout=5000"], "grpc.stall_timeout_s", 5.0),
+    (["--grpc-max-connections=100"], "grpc.max_connections", 100),
     ([], "http", HttpSettings("0.0.0.0", 8000)),
     (["--http-address=::1", "--http-port=0"], "http", HttpSettings("::1", 0)),
     (["--http-address=[::1]"], "http.address", "::1"),
@@ -66,7 +80,7 @@ FLAGS = [
     (["--http-address=10.0.0.1"], "metrics", HttpSettings("10.0.0.1", 8002)),
     (["--http-address=10.0.0.1", "--metrics-address=::", "--metrics-port=1"], "metrics", HttpSettings("::", 1)),
     (["--allow-metrics=0"], "metrics", None),
-    (["--allow-grpc=true"], "grpc.port", 8001),
+    (["--allow-grpc=true"], "grpc.address", "0.0.0.0:8001"),
     ([], "server_id", "triton"),
     (["--id=mine"], "server_id", "mine"),
     ([], "exit_on_error", True),
@@ -110,6 +124,13 @@ WRONG = [
     (["--grpc-use-ssl=true", "--grpc-server-cert=c"], "--grpc-server-key"),
     ([*TLS, "--grpc-use-ssl-mutual=true"], "--grpc-root-cert"),
     (["--grpc-keepalive-time=true"], "--grpc-keepalive-time"),
+    (["--grpc-keepalive-time=0"], "--grpc-keepalive-time"),
+    (["--grpc-keepalive-timeout=2147483648"], "--grpc-keepalive-timeout"),
+    (["--grpc-infer-response-compression-level=best"], "--grpc-infer-response-compression-level"),
+    (["--grpc-max-message-bytes=2147483648"], "--grpc-max-message-bytes"),
+    (["--grpc-unix-mode=660"], "--grpc-unix-mode"),
+    (["--grpc-address=unix:/run/sluice", "--grpc-unix-mode=888"], "--grpc-unix-mode"),
+    (["--grpc-address=unix:/run/sluice", "--grpc-unix-mode=1777"], "--grpc-unix-mode"),
     (["--backend-config=tensorflow,version=2"], "--backend-config=tensorflow,version=2"),
     (["--backend-config=onnxruntime,other=1"], "onnxruntime,other=1"),
     (["--backend-config=onnxruntime,default-max-batch-size=x"], "default-max-batch-size"),
@@ -157,8 +178,7 @@ def test_no_flag_is_both_there_and_refused():
 
 def test_every_flag_is_tried_here_and_explained_in_the_help():
     tried = {flag.partition("=")[0] for flags, *_ in [*FLAGS, *WRONG] for flag in flags}
-    channel = set(settings._CHANNEL_FLAGS)
-    assert {"--help", *tried, *channel} >= {action.option_strings[-1] for action in actions()} - {"--model-store"}
+    assert {"--help", *tried} >= {action.option_strings[-1] for action in actions()} - {"--model-store"}
     assert all(action.help for action in actions())
 
 

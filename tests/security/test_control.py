@@ -16,8 +16,8 @@ from sluice_server.protocol.dispatch import Dispatcher
 from sluice_server.protocol.rpcs import ServerIdentity, rpc_table
 from sluice_server.repository.manager import ControlMode
 from sluice_server.security.control import ControlPolicy, is_local
-from sluice_server.settings import GrpcSettings
 from sluice_server.status import Code, StatusMapper
+from sluice_server.transport.options import TransportOptions
 from support import models
 from support.fakes import RecordingCall
 from support.server import CALL_TIMEOUT_S, SERVICE
@@ -139,7 +139,7 @@ def test_a_client_that_comes_through_the_network_is_held_to_the_policy(allow_any
     server = start_server(
         repository,
         models={"control_mode": ControlMode.EXPLICIT},
-        grpc=GrpcSettings("0.0.0.0", 0),
+        grpc=TransportOptions("0.0.0.0:0"),
         http=None,
         metrics=None,
         allow_any_control=allow_any,

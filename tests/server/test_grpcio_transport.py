@@ -10,7 +10,8 @@ import grpc
 import pytest
 
 from sluice_server.status import Code, Status
-from sluice_server.transport.grpcio import SERVICE, GrpcioOptions, GrpcioTransport
+from sluice_server.transport.grpcio import SERVICE, GrpcioTransport
+from sluice_server.transport.options import TransportOptions
 from support.fakes import PATIENCE_S, RecordingCall, eventually
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Handler:
 
 @contextmanager
 def serving(handler: Handler) -> Iterator[tuple[GrpcioTransport, grpc.Channel]]:
-    transport = GrpcioTransport(handler, {"Ask": False}, GrpcioOptions("127.0.0.1:0"))
+    transport = GrpcioTransport(handler, {"Ask": False}, TransportOptions("127.0.0.1:0"))
     transport.start()
     with grpc.insecure_channel(transport.endpoints[0]) as channel:
         yield transport, channel

@@ -13,7 +13,8 @@ from google.protobuf.message_factory import GetMessageClass
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.lifecycle import Server
 from sluice_server.observability.logs import LogOptions
-from sluice_server.settings import GrpcSettings, HttpSettings, ModelSettings, ServerSettings
+from sluice_server.settings import HttpSettings, ModelSettings, ServerSettings
+from sluice_server.transport.options import TransportOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +39,7 @@ def server_settings(*repositories: Path, models: Mapping[str, Any] | None = None
     """Settings on free ports of the loopback; `models` are fields of ModelSettings, `changes` of ServerSettings."""
     settings = ServerSettings(
         models=ModelSettings(repositories=repositories, **(models or {})),
-        grpc=GrpcSettings(LOOPBACK, 0),
+        grpc=TransportOptions(f"{LOOPBACK}:0"),
         http=HttpSettings(LOOPBACK, 0),
         metrics=HttpSettings(LOOPBACK, 0),
         log=LogOptions(),

@@ -13,8 +13,9 @@ from sluice_server.http.app import metrics_app
 from sluice_server.http.server import HttpListener
 from sluice_server.status import Code
 from sluice_server.transport import ListenError
-from sluice_server.transport.grpcio import SERVICE, GrpcioOptions, GrpcioTransport, TlsFiles
+from sluice_server.transport.grpcio import SERVICE, GrpcioTransport
 from sluice_server.transport.listening import check_address
+from sluice_server.transport.options import TransportOptions
 from support.fakes import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def taken() -> Iterator[int]:
 
 
 def transport_at(address: str, handler: Callable[[Sequence[Call]], None] | None = None, **options) -> GrpcioTransport:
-    return GrpcioTransport(handler or (lambda _calls: None), {"Ask": False}, GrpcioOptions(address, **options))
+    return GrpcioTransport(handler or (lambda _calls: None), {"Ask": False}, TransportOptions(address, **options))
 
 
 @pytest.mark.parametrize(
@@ -88,12 +89,6 @@ def test_two_transports_share_a_port_only_when_both_are_asked_to():
         third.start()
     for transport in (first, second):
         transport.stop(0.0)
-
-
-def test_keys_that_are_none_are_refused():
-    junk = TlsFiles(b"no certificate", b"no key")
-    with pytest.raises(ListenError, match="the certificate or the key"):
-        transport_at("127.0.0.1:0", tls=junk).start()
 
 
 @needs_ipv6

@@ -13,7 +13,7 @@ import concurrent.futures
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -23,9 +23,11 @@ from sluice_batching import NO_DEADLINE
 from sluice_server.status import OK, Code, Status
 from sluice_server.transport.call import Call, ListenError
 from sluice_server.transport.gathering import HOLD_NS, Gathering
+from sluice_server.transport.grpcio_options import channel_args, server_credentials
 from sluice_server.transport.health import HealthService
 from sluice_server.transport.listening import check_address
 from sluice_server.transport.message import fit_message
+from sluice_server.transport.options import UNIX_PREFIX
 from sluice_server.transport.reflection import add_reflection
 
 if TYPE_CHECKING:
@@ -34,14 +36,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from sluice_server.transport.call import Metadata
+    from sluice_server.transport.options import TransportOptions
 
 SERVICE = "inference.GRPCInferenceService"
-
-MESSAGE_BYTES_MAX = 2**31 - 1
-"""tritonclient's own limit both ways, and the largest that gRPC's framing in C core takes."""
-
-STREAMS_MAX = 8192
-"""Concurrent streams per connection: well above what a load generator opens, and a bound on what one peer can hold."""
 
 BIND_TIMEOUT_S = 30.0
 """Binding takes milliseconds; past this the event loop is stuck and the start fails."""
@@ -66,25 +63,6 @@ class _ClientLeftFilter(logging.Filter):
 
 
 logging.getLogger("grpc._cython.cygrpc").addFilter(_ClientLeftFilter())
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM contents of a TLS listener; `client_roots` makes it mutual."""
-
-    certificate: bytes
-    key: bytes
-    client_roots: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GrpcioOptions:
-    """How the grpcio server listens. `channel_args` are C core's own, e.g. keepalive."""
-
-    address: str = "0.0.0.0:8001"
-    tls: TlsFiles | None = None
-    reuse_port: bool = False
-    channel_args: tuple[tuple[str, int], ...] = ()
 
 
 class GrpcioCall(Call):
@@ -136,7 +114,7 @@ class GrpcioTransport:
         self,
         handler: Callable[[Sequence[Call]], None],
         methods: Mapping[str, bool],
-        options: GrpcioOptions,
+        options: TransportOptions,
     ) -> None:
         """`methods` maps each RPC's name to whether it streams."""
         self._handler = handler
@@ -213,7 +191,7 @@ class GrpcioTransport:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._stopping = self.loop.create_future()
-        server = grpc.aio.server(options=self._channel_args())
+        server = grpc.aio.server(options=channel_args(self._options))
         server.add_generic_rpc_handlers((self._rpc_handlers(),))
         self._health.add_to(server)
         add_reflection(server, SERVICE)
@@ -232,16 +210,6 @@ class GrpcioTransport:
             self.end(call, _TIME_IS_UP, b"")
         await stopped
 
-    def _channel_args(self) -> list[tuple[str, int]]:
-        return [
-            ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.max_concurrent_streams", STREAMS_MAX),
-            # Two servers on one port would share its connections silently; asked for, it is a feature.
-            ("grpc.so_reuseport", int(self._options.reuse_port)),
-            *self._options.channel_args,
-        ]
-
     def _bind(self, server: grpc.aio.Server) -> str:
         address, tls = self._options.address, self._options.tls
         check_address(address, reuse_port=self._options.reuse_port)
@@ -249,14 +217,15 @@ class GrpcioTransport:
             if tls is None:
                 port = server.add_insecure_port(address)
             else:
-                credentials = grpc.ssl_server_credentials(
-                    [(tls.key, tls.certificate)], tls.client_roots, require_client_auth=tls.client_roots is not None
-                )
-                port = server.add_secure_port(address, credentials)
+                port = server.add_secure_port(address, server_credentials(tls))
         except RuntimeError as error:
             what = "the address" if tls is None else "the address, the certificate or the key"
             raise ListenError(f"cannot listen on {address}: gRPC does not take {what}") from error
-        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+        if not address.startswith(UNIX_PREFIX):
+            return f"{address.rpartition(':')[0]}:{port}"
+        if self._options.unix_mode is not None:
+            Path(address.removeprefix(UNIX_PREFIX)).chmod(self._options.unix_mode)
+        return address
 
     def _rpc_handlers(self) -> grpc.GenericRpcHandler:
         handlers = {

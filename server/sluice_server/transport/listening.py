@@ -8,8 +8,7 @@ import socket
 from pathlib import Path
 
 from sluice_server.transport.call import ListenError
-
-UNIX_PREFIX = "unix:"
+from sluice_server.transport.options import UNIX_PREFIX
 
 
 def check_address(address: str, *, reuse_port: bool = False) -> None:
