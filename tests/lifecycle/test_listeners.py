@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import trustme
 
 import sluice_client
 from sluice_server.repository.manager import ControlMode
-from sluice_server.transport.options import TlsFiles, TransportOptions
+from sluice_server.transport.options import Compression, TlsFiles, TransportOptions
 from support import models
-from support.server import LOOPBACK
+from support.relay import Relay
+from support.server import CALL_TIMEOUT_S, LOOPBACK
 
 ROWS = np.array([[1, 2, 3, 4]], np.float32)
 
@@ -60,7 +63,7 @@ def certificates(tmp_path_factory) -> Certificates:
 @pytest.fixture
 def start(start_server, repository):
     """Start a server of one model on a gRPC listener; gives its address."""
-    models.write_model(repository, "echo", models.identity(), max_batch_size=8)
+    models.write_model(repository, "echo", models.identity(dims=("N", "M")), max_batch_size=8)
 
     def begin(options: TransportOptions, **changes) -> str:
         server = start_server(repository, grpc=options, http=None, metrics=None, **changes)
@@ -142,3 +145,60 @@ def test_the_health_of_a_tls_listener_is_checked_over_tls(start, certificates):
     with grpc.secure_channel(target, credentials) as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check")
         assert check(b"", timeout=20) == b"\x08\x01"
+
+
+def test_a_unix_sockets_file_has_the_permissions_that_were_asked_for(start, tmp_path):
+    path = tmp_path / "socket"
+    target = start(TransportOptions(f"unix:{path}", unix_mode=0o620))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o620
+    np.testing.assert_array_equal(ask_by_our_client(target), ROWS)
+
+
+def test_a_changed_certificate_is_shown_to_new_connections_without_a_restart(start, tmp_path):
+    files = Certificates.make(tmp_path)
+    target = start(files.listener(mutual=False))
+    before = sluice_client.Tls(root_certificates=files.roots.read_bytes())
+    np.testing.assert_array_equal(ask_by_our_client(target, tls=before), ROWS)
+    Certificates.make(tmp_path)  # of another authority
+    after = sluice_client.Tls(root_certificates=files.roots.read_bytes())
+    np.testing.assert_array_equal(ask_until_trusted(target, after), ROWS)
+    with pytest.raises(sluice_client.Unavailable):
+        ask_by_our_client(target, tls=before, retry=sluice_client.RetryPolicy(max_attempts=1))
+
+
+def ask_until_trusted(target: str, tls: sluice_client.Tls) -> np.ndarray:
+    """A transport may look at the files once a second only."""
+    until_s = time.monotonic() + CALL_TIMEOUT_S
+    while True:
+        try:
+            return ask_by_our_client(target, tls=tls, retry=sluice_client.RetryPolicy(max_attempts=1))
+        except sluice_client.Unavailable:
+            if time.monotonic() > until_s:
+                raise
+
+
+def test_headers_below_the_limit_are_taken_and_above_it_refused(start):
+    target = start(TransportOptions(f"{LOOPBACK}:0", max_header_bytes=4096))
+    with grpc.insecure_channel(target) as channel:
+        ask = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+        assert ask(b"", metadata=[("key", "v" * 3000)], timeout=CALL_TIMEOUT_S) == b"\x08\x01"
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(b"", metadata=[("key", "v" * 5000)], timeout=CALL_TIMEOUT_S)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert ask(b"", timeout=CALL_TIMEOUT_S) == b"\x08\x01"
+
+
+def test_messages_above_the_limit_are_refused(start):
+    target = start(TransportOptions(f"{LOOPBACK}:0", max_message_bytes=1000))
+    np.testing.assert_array_equal(ask_by_our_client(target), ROWS)
+    with sluice_client.Client(target) as client, pytest.raises(sluice_client.ResourceExhausted):
+        client.infer("echo", {"X": np.zeros((8, 100), np.float32)})
+
+
+@pytest.mark.parametrize("level", Compression)
+def test_responses_are_compressed_for_clients_that_take_them(level, start):
+    target = start(TransportOptions(f"{LOOPBACK}:0", compression=level))
+    rows = np.zeros((1, 100_000), np.float32)
+    with Relay(target) as relay, sluice_client.Client(relay.target) as client:
+        np.testing.assert_array_equal(client.infer("echo", {"X": rows})["Y"], rows)
+    assert (relay.bytes_answered < rows.nbytes / 10) == (level is not Compression.NONE)
