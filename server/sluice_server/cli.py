@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from sluice_server.check import check_models
 from sluice_server.errors import SluiceError
+from sluice_server.flag_values import SettingsError
 from sluice_server.lifecycle import Server, StartError, check_runtime
 from sluice_server.observability.logs import configure
 from sluice_server.observability.tracing import TracingError
-from sluice_server.settings import ModelSettings, SettingsError, parse_serve
+from sluice_server.settings import ModelSettings, parse_serve
 from sluice_server.termination import Termination
 from sluice_server.transport import ListenError
 

@@ -9,23 +9,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from sluice_server.flag_values import SettingsError, port, switch, whole
 from sluice_server.observability.logs import LogOptions
 from sluice_server.repository.manager import ControlMode
-from sluice_server.transport.options import (
-    CONNECTIONS_MAX,
-    HEADER_BYTES_MAX,
-    MESSAGE_BYTES_MAX,
-    STREAMS_MAX,
-    UNIX_PREFIX,
-    Compression,
-    TlsFiles,
-    TransportOptions,
-)
+from sluice_server.transport.choice import TransportChoice
+from sluice_server.transport_flags import add_transport_flags, native_flags, transport_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+
+    from sluice_server.transport.options import TransportOptions
 
 QUEUE_ROWS_DEFAULT = 65_536
 """Rows that may wait per model: at the slowest useful model (some 100 rows/s) already minutes of work."""
@@ -35,9 +30,6 @@ QUEUE_BYTES_DEFAULT = 1 << 30
 
 MAX_BATCH_DEFAULT = 4
 """Triton's default-max-batch-size for models whose configuration is completed from the file."""
-
-NUMBER_MAX = 2**31 - 1
-"""What gRPC's C core takes for a number or for milliseconds; as a time, it stands for ever there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +64,15 @@ class ServerSettings:
     http: HttpSettings | None
     metrics: HttpSettings | None
     log: LogOptions
+    transport: TransportChoice = TransportChoice.AUTO
+    native_flags: tuple[str, ...] = ()
+    """The flags that were given and that only the native transport can keep."""
     server_id: str = "triton"
     exit_on_error: bool = True
     strict_readiness: bool = True
     exit_timeout_s: float = 30.0
     triton_status_codes: bool = False
     allow_any_control: bool = False
-
-
-class SettingsError(Exception):
-    """A flag or a value that cannot be used; the text names it and says what to do."""
 
 
 REFUSED: dict[str, str] = {
@@ -159,115 +150,6 @@ def refuse_unimplemented(argv: Sequence[str]) -> None:
             raise SettingsError(f"{flag} is a flag of Triton that is not implemented here: {REFUSED[flag]}")
 
 
-def _flag_bool(text: str) -> bool:
-    values = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
-    try:
-        return values[text.lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}") from None
-
-
-def _whole(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text!r}")
-    return value
-
-
-def _port(text: str) -> int:
-    value = _whole(text)
-    if value > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 (any that is free) to 65535, got {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = _whole(text)
-    if not 0 < value <= NUMBER_MAX:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {NUMBER_MAX}, got {text!r}")
-    return value
-
-
-def _compression(text: str) -> Compression:
-    try:
-        return Compression(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {', '.join(Compression)}, got {text!r}") from None
-
-
-def _message_bytes(text: str) -> int:
-    value = _positive(text)
-    if value > MESSAGE_BYTES_MAX:
-        raise argparse.ArgumentTypeError(f"expected at most {MESSAGE_BYTES_MAX}, got {text!r}")
-    return value
-
-
-def _time_s(text: str) -> float:
-    """Milliseconds, as all of Triton's gRPC flags have them."""
-    return _positive(text) / 1e3
-
-
-def _time_or_0_s(text: str) -> float:
-    return _whole(text) / 1e3
-
-
-def _age_s(text: str) -> float | None:
-    """0 is Triton's default and means no limit."""
-    return _whole(text) / 1e3 or None
-
-
-def _mode(text: str) -> int:
-    try:
-        value = int(text, 8)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 0o777:
-        raise argparse.ArgumentTypeError(f"expected permissions in octal digits, e.g. 660, got {text!r}")
-    return value
-
-
-_MS, _N, _SWITCH = "MS", "N", "true|false"
-
-# flag -> (the field of TransportOptions, its parser, its metavar, its help)
-_TRANSPORT_FLAGS: dict[str, tuple[str, Callable[[str], Any], str, str]] = {
-    "--grpc-keepalive-time": ("keepalive_time_s", _time_s, _MS, "silence before a keepalive ping (7200000)"),
-    "--grpc-keepalive-timeout": ("keepalive_timeout_s", _time_s, _MS, "to wait for the answer to a ping (20000)"),
-    "--grpc-keepalive-permit-without-calls": (
-        "keepalive_permit_without_calls", _flag_bool, _SWITCH, "ping idle connections too (false)",
-    ),
-    "--grpc-http2-max-pings-without-data": (
-        "http2_max_pings_without_data", _whole, _N, "our pings without data in between (2); 0: any number",
-    ),
-    "--grpc-http2-min-recv-ping-interval-without-data": (
-        "http2_min_recv_ping_interval_without_data_s", _time_or_0_s, _MS,
-        "that must lie between a client's pings (300000)",
-    ),
-    "--grpc-http2-max-ping-strikes": (
-        "http2_max_ping_strikes", _whole, _N, "bad pings before a connection is closed (2); 0: any number",
-    ),
-    "--grpc-max-connection-age": ("max_connection_age_s", _age_s, _MS, "a connection may live (0: for ever)"),
-    "--grpc-max-connection-age-grace": (
-        "max_connection_age_grace_s", _age_s, _MS, "for its calls to end after that (0: for ever)",
-    ),
-    "--grpc-infer-response-compression-level": (
-        "compression", _compression, "|".join(Compression), "of responses, for clients that take them so (none)",
-    ),
-    "--grpc-max-concurrent-streams": (
-        "max_concurrent_streams", _positive, _N, f"calls in flight per connection ({STREAMS_MAX})",
-    ),
-    "--grpc-max-message-bytes": ("max_message_bytes", _message_bytes, _N, f"of one message ({MESSAGE_BYTES_MAX})"),
-    "--grpc-max-header-bytes": ("max_header_bytes", _positive, _N, f"of a request's headers ({HEADER_BYTES_MAX})"),
-    "--grpc-handshake-timeout": ("handshake_timeout_s", _time_s, _MS, "for the handshakes of TLS and HTTP/2 (20000)"),
-    "--grpc-stall-timeout": (
-        "stall_timeout_s", _time_s, _MS, "a peer that owes or is owed bytes may make no progress (60000); native only",
-    ),
-    "--grpc-max-connections": ("max_connections", _positive, _N, f"at the same time ({CONNECTIONS_MAX}); native only"),
-}  # fmt: skip
-
-
 def _serve_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sluice serve",
@@ -290,46 +172,35 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="none: load everything at start; explicit: load --load-model and what load calls ask for")  # fmt: skip
     add("--load-model", action="append", default=[], metavar="NAME",
         help="in explicit mode: load this model at start, * for all; may be given several times")  # fmt: skip
-    add("--model-load-thread-count", type=_whole, default=4, metavar="N", help="models loaded at the same time")
+    add("--model-load-thread-count", type=whole, default=4, metavar="N", help="models loaded at the same time")
     add("--disable-auto-complete-config", action="store_true", help="take configurations as they are written only")
     add("--backend-config", action="append", default=[], metavar="onnxruntime,KEY=VALUE",
         help="the one key is default-max-batch-size: for models that name no batch size (4)")  # fmt: skip
     add("--allow-provider-fallback", action="store_true",
         help="run on the CPU, with a warning, when an execution provider that a model asks for is missing")  # fmt: skip
-    add("--default-queue-rows", type=_whole, default=QUEUE_ROWS_DEFAULT, metavar="N",
+    add("--default-queue-rows", type=whole, default=QUEUE_ROWS_DEFAULT, metavar="N",
         help="rows that may wait per model (%(default)s); 0: no limit, as in Triton")  # fmt: skip
-    add("--default-queue-bytes", type=_whole, default=QUEUE_BYTES_DEFAULT, metavar="N",
+    add("--default-queue-bytes", type=whole, default=QUEUE_BYTES_DEFAULT, metavar="N",
         help="bytes of requests that may wait per model (%(default)s); 0: no limit")  # fmt: skip
 
 
 def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("listeners").add_argument
-    for name, port in (("grpc", 8001), ("http", 8000), ("metrics", 8002)):
-        add(f"--{name}-port", type=_port, default=port, metavar="PORT", help="(%(default)s; 0: any that is free)")
+    for name, default in (("grpc", 8001), ("http", 8000), ("metrics", 8002)):
+        add(f"--{name}-port", type=port, default=default, metavar="PORT", help="(%(default)s; 0: any that is free)")
         add(f"--{name}-address", metavar="HOST", help="the address to listen on (0.0.0.0)")
-        add(f"--allow-{name}", type=_flag_bool, default=True, metavar="true|false", help="listen at all (true)")
-    add("--reuse-grpc-port", type=_flag_bool, default=False, metavar="true|false",
-        help="let several servers share the gRPC port (false)")  # fmt: skip
-    add("--grpc-use-ssl", type=_flag_bool, default=False, metavar="true|false", help="TLS on the gRPC port (false)")
-    add("--grpc-use-ssl-mutual", type=_flag_bool, default=False, metavar="true|false",
-        help="TLS, and clients show certificates too (false)")  # fmt: skip
-    add("--grpc-server-cert", type=Path, metavar="FILE", help="the server's certificate, PEM")
-    add("--grpc-server-key", type=Path, metavar="FILE", help="the server's key, PEM")
-    add("--grpc-root-cert", type=Path, metavar="FILE", help="whom clients' certificates must be signed by, PEM")
-    add("--grpc-unix-mode", type=_mode, metavar="OCTAL",
-        help="the permissions of the socket's file when --grpc-address is unix:PATH (as the umask has it)")  # fmt: skip
-    for flag, (_, parse, metavar, what) in _TRANSPORT_FLAGS.items():
-        add(flag, type=parse, metavar=metavar, help=what)
+        add(f"--allow-{name}", type=switch, default=True, metavar="true|false", help="listen at all (true)")
+    add_transport_flags(add)
 
 
 def _add_life_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("life").add_argument
     add("--id", default="triton", metavar="NAME", help="the server's name in its metadata (%(default)s)")
-    add("--exit-on-error", type=_flag_bool, default=True, metavar="true|false",
+    add("--exit-on-error", type=switch, default=True, metavar="true|false",
         help="end when a model fails to load at start (true); false: serve the others")  # fmt: skip
-    add("--strict-readiness", type=_flag_bool, default=True, metavar="true|false",
+    add("--strict-readiness", type=switch, default=True, metavar="true|false",
         help="ready only when every model that was to be loaded is (true)")  # fmt: skip
-    add("--exit-timeout-secs", type=_whole, default=30, metavar="S",
+    add("--exit-timeout-secs", type=whole, default=30, metavar="S",
         help="how long accepted requests may take after SIGTERM (%(default)s)")  # fmt: skip
     add("--status-codes", choices=["exact", "triton"], default="exact",
         help="triton: a full queue and a queue timeout are UNAVAILABLE, as there (exact)")  # fmt: skip
@@ -340,8 +211,8 @@ def _add_life_flags(parser: argparse.ArgumentParser) -> None:
 def _add_log_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("log").add_argument
     for level in ("info", "warning", "error"):
-        add(f"--log-{level}", type=_flag_bool, default=True, metavar="true|false", help=f"log at level {level} (true)")
-    add("--log-verbose", type=_whole, default=0, metavar="LEVEL", help="1 and more: log details (0)")
+        add(f"--log-{level}", type=switch, default=True, metavar="true|false", help=f"log at level {level} (true)")
+    add("--log-verbose", type=whole, default=0, metavar="LEVEL", help="1 and more: log details (0)")
     add("--log-format", choices=["default", "ISO8601", "json"], default="default", help="(%(default)s)")
     add("--log-file", type=Path, metavar="FILE", help="log there and not to standard error")
 
@@ -367,7 +238,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
             queue_rows=args.default_queue_rows,
             queue_bytes=args.default_queue_bytes,
         ),
-        grpc=_transport_options(args),
+        grpc=transport_options(args, _address(args.grpc_address)),
         http=HttpSettings(_address(args.http_address), args.http_port) if args.allow_http else None,
         metrics=_metrics_settings(args),
         log=LogOptions(
@@ -378,6 +249,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
             format=args.log_format,
             file=args.log_file,
         ),
+        transport=TransportChoice(args.transport),
+        native_flags=native_flags(args),
         server_id=args.id,
         exit_on_error=args.exit_on_error,
         strict_readiness=args.strict_readiness,
@@ -400,39 +273,6 @@ def _metrics_settings(args: argparse.Namespace) -> HttpSettings | None:
         if args.allow_metrics
         else None
     )
-
-
-def _transport_options(args: argparse.Namespace) -> TransportOptions:
-    address = _address(args.grpc_address)
-    is_unix = address.startswith(UNIX_PREFIX)
-    if args.grpc_unix_mode is not None and not is_unix:
-        raise SettingsError("--grpc-unix-mode needs --grpc-address=unix:PATH: only a file has permissions")
-    host = f"[{address}]" if ":" in address else address
-    given = {
-        field: value
-        for flag, (field, *_) in _TRANSPORT_FLAGS.items()
-        if (value := getattr(args, flag.removeprefix("--").replace("-", "_"))) is not None
-    }
-    return TransportOptions(
-        address=address if is_unix else f"{host}:{args.grpc_port}",
-        reuse_port=args.reuse_grpc_port,
-        unix_mode=args.grpc_unix_mode,
-        tls=_tls_files(args),
-        **given,
-    )
-
-
-def _tls_files(args: argparse.Namespace) -> TlsFiles | None:
-    if not (args.grpc_use_ssl or args.grpc_use_ssl_mutual):
-        return None
-    needed = {"--grpc-server-cert": args.grpc_server_cert, "--grpc-server-key": args.grpc_server_key}
-    if args.grpc_use_ssl_mutual:
-        needed["--grpc-root-cert"] = args.grpc_root_cert
-    for flag, value in needed.items():
-        if value is None:
-            raise SettingsError(f"TLS on the gRPC port needs {flag}")
-    roots = args.grpc_root_cert if args.grpc_use_ssl_mutual else None
-    return TlsFiles(args.grpc_server_cert, args.grpc_server_key, roots)
 
 
 def _default_max_batch_size(entries: Sequence[str]) -> int:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from sluice_server import settings
+from sluice_server.flag_values import SettingsError
 from sluice_server.repository.manager import ControlMode
-from sluice_server.settings import REFUSED, HttpSettings, SettingsError, parse_serve
+from sluice_server.settings import REFUSED, HttpSettings, parse_serve
+from sluice_server.transport.choice import TransportChoice
 from sluice_server.transport.options import Compression, TlsFiles, TransportOptions
 
 REPOSITORY = "--model-repository=/models"
@@ -47,6 +49,15 @@ FLAGS = [
     ([], "grpc.reuse_port", False),
     (["--reuse-grpc-port=true"], "grpc.reuse_port", True),
     ([], "grpc", TransportOptions()),
+    ([], "transport", TransportChoice.AUTO),
+    (["--transport=native"], "transport", TransportChoice.NATIVE),
+    (["--transport=grpcio"], "transport", TransportChoice.GRPCIO),
+    ([], "native_flags", ()),
+    (
+        ["--grpc-stall-timeout=1", "--grpc-max-connections=1"],
+        "native_flags",
+        ("--grpc-stall-timeout", "--grpc-max-connections"),
+    ),
     (["--grpc-address=unix:/run/sluice", "--grpc-unix-mode=660"], "grpc.unix_mode", 0o660),
     (TLS, "grpc.tls", None),
     ([*TLS, "--grpc-use-ssl=true"], "grpc.tls", TlsFiles(Path("c.pem"), Path("k.pem"))),
@@ -123,6 +134,11 @@ WRONG = [
     (["--grpc-use-ssl=true"], "--grpc-server-cert"),
     (["--grpc-use-ssl=true", "--grpc-server-cert=c"], "--grpc-server-key"),
     ([*TLS, "--grpc-use-ssl-mutual=true"], "--grpc-root-cert"),
+    (["--transport=rust"], "--transport"),
+    (["--transport=grpcio", "--grpc-stall-timeout=60000"], "--grpc-stall-timeout"),
+    (["--transport=grpcio", "--grpc-max-connections=9"], "--grpc-max-connections"),
+    (["--grpc-max-connections=0"], "--grpc-max-connections"),
+    (["--grpc-http2-max-ping-strikes=2147483648"], "--grpc-http2-max-ping-strikes"),
     (["--grpc-keepalive-time=true"], "--grpc-keepalive-time"),
     (["--grpc-keepalive-time=0"], "--grpc-keepalive-time"),
     (["--grpc-keepalive-timeout=2147483648"], "--grpc-keepalive-timeout"),
