@@ -34,7 +34,7 @@ class InferRequest(Request):
         key: Hashable,
         deadline_ns: int,
     ) -> None:
-        super().__init__(rows=rows, size_bytes=len(call.message), key=key, deadline_ns=deadline_ns)
+        super().__init__(rows, len(call.message), key, deadline_ns)
         self.call = call
         self.id = request_id
         self.arrays = arrays

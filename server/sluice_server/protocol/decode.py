@@ -46,27 +46,30 @@ _EMPTY_FINAL_RESPONSE = "triton_enable_empty_final_response"
 class ParsedRequest:
     """A request that is valid protobuf: the message without its raw tensors, and views of those."""
 
-    __slots__ = ("message", "raws")
+    __slots__ = ("message", "model_name", "model_version", "raws")
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         """Parse; `InvalidArgument` when `data` is not a ModelInferRequest."""
         try:
             if len(data) < SPLIT_BYTES_MIN:
-                self.message = ModelInferRequest.FromString(data)
-                self.raws: Sequence[bytes | memoryview] = self.message.raw_input_contents
+                message = ModelInferRequest.FromString(data if isinstance(data, bytes) else bytes(data))
+                self.raws: Sequence[bytes | memoryview] = message.raw_input_contents
             else:
                 head, self.raws = wire.split_raw(data)
-                self.message = ModelInferRequest.FromString(head)
+                message = ModelInferRequest.FromString(head)
         except (DecodeError, proto_errors.WireError) as error:
             raise InvalidArgument(
                 f"the {len(data)} bytes of the request are not a ModelInferRequest message"
             ) from error
+        self.message = message
+        self.model_name: str = message.model_name
+        self.model_version: str = message.model_version
 
 
 def decode(parsed: ParsedRequest, interface: ModelInterface, call: Call) -> InferRequest:
     """Validate a request against the model it names; `InvalidArgument` says what is wrong, and where."""
     message = parsed.message
-    timeout_us = _check_parameters(message.parameters) if message.parameters else 0
+    timeout_us = check_parameters(message.parameters) if message.parameters else 0
     inputs = message.inputs
     by_name = {tensor.name: tensor for tensor in inputs}
     if len(by_name) != len(inputs):
@@ -82,9 +85,7 @@ def decode(parsed: ParsedRequest, interface: ModelInterface, call: Call) -> Infe
     if interface.variable:
         first = 1 if interface.max_batch_rows else 0
         key = (output_names, *((name, arrays[name].shape[first:]) for name in interface.inputs if name in arrays))
-    deadline_ns = call.deadline_ns
-    if timeout_us:
-        deadline_ns = min(deadline_ns, call.received_ns + timeout_us * _NS_PER_US)
+    deadline_ns = deadline_of(call, timeout_us) if timeout_us else call.deadline_ns
     return InferRequest(call, message.id, arrays, output_names, rows=rows, key=key, deadline_ns=deadline_ns)
 
 
@@ -98,7 +99,12 @@ class _Refusal:
         return InvalidArgument(self._prefix + text)
 
 
-def _check_parameters(parameters: Any) -> int:
+def deadline_of(call: Call, timeout_us: int) -> int:
+    """When a request with this `timeout` is not worth running any more, on the monotonic clock."""
+    return min(call.deadline_ns, call.received_ns + timeout_us * _NS_PER_US)
+
+
+def check_parameters(parameters: Any) -> int:
     """Check the reserved parameters and give `timeout` in microseconds, 0 without one; others have no effect."""
     for key in parameters:
         expected = _PARAMETER_KINDS.get(key)
