@@ -24,8 +24,9 @@ from sluice_server.http.server import HttpListener, HttpServer
 from sluice_server.observability import metrics
 from sluice_server.observability.host import HostReader
 from sluice_server.observability.tracing import create_tracer
-from sluice_server.protocol.dispatch import STREAMS, Dispatcher
-from sluice_server.protocol.rpcs import EXTENSIONS, ServerIdentity, rpc_table
+from sluice_server.protocol import health, reflection
+from sluice_server.protocol.dispatch import Dispatcher
+from sluice_server.protocol.rpcs import EXTENSIONS, SERVICE, ServerIdentity, rpc_table
 from sluice_server.repository.layout import Repositories
 from sluice_server.repository.manager import ModelManager
 from sluice_server.security.control import ControlPolicy
@@ -76,6 +77,8 @@ class Server:
         self._tracer = create_tracer(environ, self._version)
         self._host = HostReader()
         to_status = StatusMapper(triton_codes=settings.triton_status_codes)
+        self._health = health.Health()
+        self._reflection = reflection.Reflection((SERVICE.full_name, health.SERVICE.full_name))
         self.manager = ModelManager(
             Repositories(settings.models.repositories),
             ModelLoader(settings.models, to_status, self._timer, environ),
@@ -86,10 +89,17 @@ class Server:
         )
         identity = ServerIdentity(settings.server_id, self._version)
         rpcs = rpc_table(self.manager, identity, ControlPolicy(allow_any=settings.allow_any_control))
-        dispatcher = Dispatcher(self.manager, rpcs, to_status, self._slow_pool, self._tracer)
+        self._dispatcher = Dispatcher(
+            self.manager,
+            {**rpcs, health.CHECK: self._health.check},
+            to_status,
+            self._slow_pool,
+            self._tracer,
+            streams={health.WATCH: self._health.watch, reflection.INFO: self._reflection.answer},
+        )
         if settings.grpc.tls is not None:
             check_tls(settings.grpc.tls)
-        self.transport = GrpcioTransport(dispatcher, STREAMS, settings.grpc)
+        self.transport = GrpcioTransport(self._dispatcher, self._dispatcher.methods, settings.grpc)
         rest = rest_app(self.manager, identity, EXTENSIONS, to_status)
         self._rest = _listener(rest, settings.http)
         self._metrics = _listener(metrics_app(self.render_metrics), settings.metrics)
@@ -138,7 +148,11 @@ class Server:
     def stop(self) -> bool:
         """Finish what was accepted and end; False when time ran out before everything was answered."""
         until = time.monotonic() + self._settings.exit_timeout_s
+        # A stream on which nothing is due must not hold the end of the server.
+        self._dispatcher.stop()
         self.manager.drain()
+        self._health.stop()
+        self._reflection.stop()
         self.transport.stop(self._settings.exit_timeout_s)
         finished = self.manager.stop(max(LAST_LOOK_S, until - time.monotonic()))
         finished &= self._end_slow_calls(max(LAST_LOOK_S, until - time.monotonic()))
@@ -173,9 +187,9 @@ class Server:
         return metrics.render(models, metrics.ServerMetrics(self._version, self.transport.outcomes(), host))
 
     def _set_serving(self, name: str, ready: bool) -> None:
-        self.transport.set_serving(name, serving=ready)
+        self._health.set_serving(name, serving=ready)
         if not name:
-            self.transport.set_serving(self.transport.service, serving=ready)
+            self._health.set_serving(SERVICE.full_name, serving=ready)
 
 
 def _listener(app: Starlette, settings: HttpSettings | None) -> HttpListener | None:

@@ -20,7 +20,11 @@ HOST = HostUsage(
     process_cpu_s=12.5,
     process_resident_bytes=90_000_000,
 )
-SERVER = ServerMetrics(version="1.2.3", rpcs={("ModelInfer", Code.OK): 7, ("ServerLive", Code.OK): 1}, host=HOST)
+RPCS = {
+    (f"/inference.GRPCInferenceService/{name}", Code.OK): count
+    for name, count in (("ModelInfer", 7), ("ServerLive", 1))
+}
+SERVER = ServerMetrics(version="1.2.3", rpcs=RPCS, host=HOST)
 
 NV_MODEL_FAMILIES = [
     "nv_inference_request_success",
@@ -140,8 +144,8 @@ def test_batch_sizes_are_a_cumulative_histogram() -> None:
 def test_the_server_shows_its_calls_its_build_and_its_machine() -> None:
     text = render([], SERVER).decode()
     assert lines_of(text, "sluice_rpcs_total") == [
-        'sluice_rpcs_total{method="ModelInfer",code="OK"} 7',
-        'sluice_rpcs_total{method="ServerLive",code="OK"} 1',
+        'sluice_rpcs_total{service="inference.GRPCInferenceService",method="ModelInfer",code="OK"} 7',
+        'sluice_rpcs_total{service="inference.GRPCInferenceService",method="ServerLive",code="OK"} 1',
     ]
     assert lines_of(text, "sluice_build_info") == ['sluice_build_info{version="1.2.3"} 1']
     assert lines_of(text, "nv_cpu_utilization") == ["nv_cpu_utilization 0.25"]

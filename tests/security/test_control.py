@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.errors import PermissionDenied
 from sluice_server.protocol.dispatch import Dispatcher
-from sluice_server.protocol.rpcs import ServerIdentity, rpc_table
+from sluice_server.protocol.rpcs import ServerIdentity, path_of, rpc_table
 from sluice_server.repository.manager import ControlMode
 from sluice_server.security.control import ControlPolicy, is_local
 from sluice_server.status import Code, StatusMapper
@@ -110,7 +110,7 @@ def test_a_call_from_elsewhere_is_refused_before_anything_else_but_may_look(meth
     rpcs = rpc_table(explicit.manager, ServerIdentity("triton", "1"), policy)
     dispatcher = Dispatcher(explicit.manager, rpcs, StatusMapper(), explicit._slow_pool)
     message = pb.RepositoryModelLoadRequest(model_name="m") if "Model" in method else pb.RepositoryIndexRequest()
-    call = RecordingCall(message.SerializeToString(), method, peer="ipv4:10.0.0.1:1")
+    call = RecordingCall(message.SerializeToString(), path_of(method), peer="ipv4:10.0.0.1:1")
     dispatcher([call])
     refused = not allow_any and method != "RepositoryIndex"
     status, _ = call.wait()

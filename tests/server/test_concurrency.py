@@ -13,6 +13,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from sluice_server.observability.statistics import Outcome
+from sluice_server.protocol.dispatch import INFER
 from sluice_server.status import Code
 from support import models
 from support.fakes import PATIENCE_S, eventually, held
@@ -184,7 +185,7 @@ def test_a_request_cancelled_while_it_waits_never_runs_and_the_others_do(serve, 
         assert [answer_of(call) for call in (first, calls[0], calls[2], calls[3])] == [-1, 0, 2, 3]
         assert values_run(session) == [[-1], [0, 2, 3]]
     assert outcomes_of(server) == {Outcome.OK: 4, Outcome.CANCELLED: 1}
-    assert server.server.transport.outcomes() == {("ModelInfer", Code.OK): 4, ("ModelInfer", Code.CANCELLED): 1}
+    assert server.server.transport.outcomes() == {(INFER, Code.OK): 4, (INFER, Code.CANCELLED): 1}
 
 
 def test_a_request_cancelled_while_its_batch_runs_leaves_the_others_answered(serve, repository):
@@ -198,15 +199,13 @@ def test_a_request_cancelled_while_its_batch_runs_leaves_the_others_answered(ser
             session.release()
             second.wait_for_runs(1)
             calls[2].cancel()
-            eventually(
-                lambda: ("ModelInfer", Code.CANCELLED) in server.server.transport.outcomes(), "the client has left"
-            )
+            eventually(lambda: (INFER, Code.CANCELLED) in server.server.transport.outcomes(), "the client has left")
             second.release()
             assert [answer_of(call) for call in (blocker, calls[0], calls[1], calls[3])] == [-1, 0, 1, 3]
             assert values_run(second) == [[0, 1, 2, 3]]
     # It was computed: for the model it was answered, for the client it was not.
     assert outcomes_of(server) == {Outcome.OK: 5}
-    assert server.server.transport.outcomes() == {("ModelInfer", Code.OK): 4, ("ModelInfer", Code.CANCELLED): 1}
+    assert server.server.transport.outcomes() == {(INFER, Code.OK): 4, (INFER, Code.CANCELLED): 1}
 
 
 @pytest.mark.parametrize("guilty", [{0}, {3}, {7}, {1, 2, 6}, set(range(8))])
@@ -285,9 +284,9 @@ def test_a_request_whose_grpc_deadline_passes_never_runs(serve, repository):
         assert [answer_of(call) for call in (first, patient)] == [-1, 2]
         assert values_run(session) == [[-1], [2]]
     ends = dict(server.server.transport.outcomes())
-    assert ends.pop(("ModelInfer", Code.OK)) == 2
+    assert ends.pop((INFER, Code.OK)) == 2
     # The client gives up by its own clock, which may be a little before the time is up here.
-    assert ends in ({("ModelInfer", Code.DEADLINE_EXCEEDED): 1}, {("ModelInfer", Code.CANCELLED): 1})
+    assert ends in ({(INFER, Code.DEADLINE_EXCEEDED): 1}, {(INFER, Code.CANCELLED): 1})
     # Whoever noticed first, the timer or the client that left, counted it; the other one did not.
     outcomes = outcomes_of(server)
     assert outcomes.pop(Outcome.OK) == 2
@@ -433,7 +432,7 @@ def test_every_call_of_a_chaotic_mix_ends_once_and_is_counted_once(serve, reposi
     answered = 1 + EACH + len(fillers)
     ends = [Code.INTERNAL, Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.NOT_FOUND, Code.RESOURCE_EXHAUSTED]
     by_code = {Code.OK: answered, Code.INVALID_ARGUMENT: 2 * EACH, **dict.fromkeys(ends, EACH)}
-    assert server.server.transport.outcomes() == {("ModelInfer", code): count for code, count in by_code.items()}
+    assert server.server.transport.outcomes() == {(INFER, code): count for code, count in by_code.items()}
     # A message that cannot be read and a model that is not there are no model's requests.
     others = ["BACKEND_ERROR", "QUEUE_TIMEOUT", "CANCELLED", "INVALID", "QUEUE_FULL"]
     assert outcomes_of(server, "table") == {Outcome.OK: answered, **{Outcome[name]: EACH for name in others}}
@@ -477,7 +476,7 @@ def test_a_storm_of_clients_that_come_and_go_leaves_a_server_that_answers(serve,
 
     def counted() -> tuple[int, int, int]:
         ends = transport.outcomes()
-        gone = ends.get(("ModelInfer", Code.CANCELLED), 0) + ends.get(("ModelInfer", Code.DEADLINE_EXCEEDED), 0)
+        gone = ends.get((INFER, Code.CANCELLED), 0) + ends.get((INFER, Code.DEADLINE_EXCEEDED), 0)
         return sum(ends.values()), sum(model.statistics.outcomes().values()), gone
 
     check_statistics(server.call("ModelStatistics", b"\x0a\x04slow").model_stats[0])

@@ -13,7 +13,7 @@ from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.errors import DeadlineExceeded, NotFound, ResourceExhausted, SluiceError
 from sluice_server.observability.statistics import Outcome
 from sluice_server.protocol.dispatch import RELOADS_FOLLOWED_MAX, Dispatcher
-from sluice_server.protocol.rpcs import Rpc
+from sluice_server.protocol.rpcs import Rpc, path_of
 from sluice_server.status import Code, StatusMapper
 from support.fakes import EchoSession, RecordingCall, served_model
 from support.requests import answer_arrays, infer_request
@@ -102,10 +102,10 @@ def test_a_successor_checks_the_request_anew(timer, pool, no_errors_logged):
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_bug_in_one_rpc_ends_one_call_of_the_list(slow, timer, pool, caplog):
     rpcs = {
-        "ModelReady": Rpc(pb.ModelReadyRequest, broken, slow=slow),
-        "ServerLive": Rpc(pb.ServerLiveRequest, live),
+        path_of("ModelReady"): Rpc(pb.ModelReadyRequest, broken, slow=slow),
+        path_of("ServerLive"): Rpc(pb.ServerLiveRequest, live),
     }
-    calls = [RecordingCall(b"", method) for method in ("ModelReady", "ServerLive", "Nope")]
+    calls = [RecordingCall(b"", path_of(method)) for method in ("ModelReady", "ServerLive", "Nope")]
     calls.append(RecordingCall(b"\xff"))
     Dispatcher(Reloading(), rpcs, StatusMapper(), pool)(calls)
     codes = [call.wait()[0].code for call in calls]
@@ -118,8 +118,8 @@ def test_a_bug_in_one_rpc_ends_one_call_of_the_list(slow, timer, pool, caplog):
 
 def test_a_slow_call_after_the_end_is_refused(timer, pool, no_errors_logged):
     pool.shutdown()
-    call = RecordingCall(b"", "RepositoryIndex")
-    rpcs = {"RepositoryIndex": Rpc(pb.RepositoryIndexRequest, broken, slow=True)}
+    call = RecordingCall(b"", path_of("RepositoryIndex"))
+    rpcs = {path_of("RepositoryIndex"): Rpc(pb.RepositoryIndexRequest, broken, slow=True)}
     Dispatcher(Reloading(), rpcs, StatusMapper(), pool)([call])
     status, _ = call.wait()
     assert (status.code, status.message) == (Code.UNAVAILABLE, "the server is shutting down")

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from sluice_server.status import Code, Status
-from sluice_server.transport.grpcio import SERVICE, GrpcioTransport
+from sluice_server.transport.grpcio import GrpcioTransport
 from sluice_server.transport.options import TransportOptions
 from support.fakes import PATIENCE_S, RecordingCall, eventually
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sluice_server.transport.call import Call
+
+ASK = "/test.Questions/Ask"
 
 
 class Handler:
@@ -40,7 +42,7 @@ class Handler:
 
 @contextmanager
 def serving(handler: Handler) -> Iterator[tuple[GrpcioTransport, grpc.Channel]]:
-    transport = GrpcioTransport(handler, {"Ask": False}, TransportOptions("127.0.0.1:0"))
+    transport = GrpcioTransport(handler, {ASK: False}, TransportOptions("127.0.0.1:0"))
     transport.start()
     with grpc.insecure_channel(transport.endpoints[0]) as channel:
         yield transport, channel
@@ -48,7 +50,7 @@ def serving(handler: Handler) -> Iterator[tuple[GrpcioTransport, grpc.Channel]]:
 
 
 def ask(channel: grpc.Channel, message: bytes, timeout_s: float | None = PATIENCE_S) -> grpc.Future:
-    return channel.unary_unary(f"/{SERVICE}/Ask").future(message, timeout=timeout_s)
+    return channel.unary_unary(ASK).future(message, timeout=timeout_s)
 
 
 def test_an_end_that_crosses_a_cancellation_leaves_the_other_ends_of_its_wakeup_alone(no_errors_logged):
@@ -67,7 +69,7 @@ def test_an_end_that_crosses_a_cancellation_leaves_the_other_ends_of_its_wakeup_
         transport.loop.call_soon_threadsafe(cross)
         assert futures[1].result() == b"in time"
         eventually(lambda: sum(transport.outcomes().values()) == 2, "both calls are counted")
-        assert transport.outcomes() == {("Ask", Code.CANCELLED): 1, ("Ask", Code.OK): 1}
+        assert transport.outcomes() == {(ASK, Code.CANCELLED): 1, (ASK, Code.OK): 1}
 
 
 def test_the_first_end_of_a_call_counts(no_errors_logged):
@@ -78,7 +80,7 @@ def test_the_first_end_of_a_call_counts(no_errors_logged):
         call.reply([b"first"])
         call.fail(Status(Code.INTERNAL, "second"))
         assert future.result() == b"first"
-        assert transport.outcomes() == {("Ask", Code.OK): 1}
+        assert transport.outcomes() == {(ASK, Code.OK): 1}
 
 
 @pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK])
@@ -90,7 +92,7 @@ def test_every_code_and_any_message_reaches_the_client(code, no_errors_logged):
         handler.wait_for(1)[0].fail(Status(code, message))
         error = future.exception()
         assert (error.code().value[0], error.details()) == (code, message)
-        assert transport.outcomes() == {("Ask", code): 1}
+        assert transport.outcomes() == {(ASK, code): 1}
 
 
 def test_a_client_that_cancels_is_told_of_once_and_counted(no_errors_logged):
@@ -103,7 +105,7 @@ def test_a_client_that_cancels_is_told_of_once_and_counted(no_errors_logged):
         future.cancel()
         assert told.acquire(timeout=PATIENCE_S)
         call.reply([b"too late"])
-        assert transport.outcomes() == {("Ask", Code.CANCELLED): 1}
+        assert transport.outcomes() == {(ASK, Code.CANCELLED): 1}
     assert not told.acquire(blocking=False)
 
 
@@ -119,7 +121,7 @@ def test_each_deadline_that_passes_is_told_of_and_counted_once(no_errors_logged)
             assert told.acquire(timeout=PATIENCE_S)
             assert future.exception().code() is grpc.StatusCode.DEADLINE_EXCEEDED
         # The client gives up by its own clock: on a busy machine that may be well before the time is up here.
-        assert set(transport.outcomes()) <= {("Ask", Code.DEADLINE_EXCEEDED), ("Ask", Code.CANCELLED)}
+        assert set(transport.outcomes()) <= {(ASK, Code.DEADLINE_EXCEEDED), (ASK, Code.CANCELLED)}
         assert sum(transport.outcomes().values()) == 3
 
 
@@ -153,7 +155,7 @@ def test_a_large_message_goes_both_ways_and_compressed_ones_are_read(no_errors_l
     with serving(handler) as (transport, _):
         for number, compression in enumerate((grpc.Compression.NoCompression, grpc.Compression.Gzip), 1):
             with grpc.insecure_channel(transport.endpoints[0], [("grpc.max_receive_message_length", -1)]) as large:
-                method = large.unary_unary(f"/{SERVICE}/Ask")
+                method = large.unary_unary(ASK)
                 future = method.future(message, timeout=PATIENCE_S, compression=compression)
                 call = handler.wait_for(number)[-1]
                 assert call.message == message
@@ -176,4 +178,4 @@ def test_calls_ended_from_many_threads_at_once_are_all_answered(no_errors_logged
         assert [future.result() for future in futures] == [b"%03d" % number for number in range(count)]
         for thread in threads:
             thread.join()
-        assert transport.outcomes() == {("Ask", Code.OK): count}
+        assert transport.outcomes() == {(ASK, Code.OK): count}

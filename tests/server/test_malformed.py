@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from sluice_proto.grpc_service_pb2 import InferParameter, ModelInferRequest
 from sluice_proto.tensors import BY_NAME
-from sluice_server.protocol.dispatch import STREAMS, Dispatcher
-from sluice_server.protocol.rpcs import ServerIdentity, rpc_table
+from sluice_server.protocol.dispatch import INFER, Dispatcher
+from sluice_server.protocol.rpcs import SERVICE, ServerIdentity, path_of, rpc_table
 from sluice_server.security.control import ControlPolicy
 from sluice_server.status import Code, StatusMapper
 from support.fakes import RecordingCall
@@ -24,7 +24,7 @@ IMPLEMENTED = {
     "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelInfer",
     "ModelStatistics", "RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload",
 }  # fmt: skip
-UNARY = sorted(name for name, streams in STREAMS.items() if not streams)
+UNARY = sorted(method.name for method in SERVICE.methods if not method.client_streaming)
 
 SPLIT_SIZE = 64 * 1024
 """Raw data of this size makes a message whose tensors are cut out before it is parsed."""
@@ -60,12 +60,6 @@ def test_bytes_that_are_no_message_are_refused(method, what, refused):
         return
     message = refused(NOT_MESSAGES[what], grpc.StatusCode.INVALID_ARGUMENT, method)
     assert f"{len(NOT_MESSAGES[what])} bytes of the request are not a {method}" in message
-
-
-def test_a_stream_is_refused_by_name(server):
-    with pytest.raises(grpc.RpcError, match="ModelStreamInfer is not implemented") as caught:
-        next(server.stream("ModelStreamInfer", iter([ModelInferRequest(model_name="simple")])))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_method_that_does_not_exist_is_unimplemented(server):
@@ -210,9 +204,9 @@ VALID = [
 volume = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def end_of(dispatcher: Dispatcher, message: bytes, method: str = "ModelInfer") -> tuple[Code, str]:
+def end_of(dispatcher: Dispatcher, message: bytes, path: str = INFER) -> tuple[Code, str]:
     """How a call ends, which it must do exactly once."""
-    call = RecordingCall(message, method)
+    call = RecordingCall(message, path)
     dispatcher([call])
     status, _ = call.wait()
     assert len(call.ends) == 1
@@ -256,6 +250,6 @@ def test_any_changed_bytes_end_in_an_honest_status(valid, edits, surplus_bytes, 
 @volume
 @given(message=st.binary(max_size=100), method=st.sampled_from(sorted(IMPLEMENTED)))
 def test_any_bytes_to_any_rpc_end_in_an_honest_status(message, method, dispatcher, no_errors_logged):
-    code, text = end_of(dispatcher, message, method)
+    code, text = end_of(dispatcher, message, path_of(method))
     # Load and unload are not allowed on this server, whatever the model.
     assert code in HONEST | {Code.UNAVAILABLE}, text

@@ -14,6 +14,7 @@ from sluice_proto.model_config_pb2 import DataType, ModelConfig
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.observability.statistics import ModelStatistics
+from sluice_server.protocol.dispatch import INFER
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
 from sluice_server.status import OK, Status, StatusMapper
@@ -43,7 +44,7 @@ class RecordingCall(Call):
     def __init__(
         self,
         message: bytes = b"",
-        method: str = "ModelInfer",
+        method: str = INFER,
         *,
         deadline_ns: int = NO_DEADLINE,
         metadata: Metadata = (),

@@ -13,7 +13,7 @@ from sluice_server.http.app import metrics_app
 from sluice_server.http.server import HttpListener
 from sluice_server.status import Code
 from sluice_server.transport import ListenError
-from sluice_server.transport.grpcio import SERVICE, GrpcioTransport
+from sluice_server.transport.grpcio import GrpcioTransport
 from sluice_server.transport.listening import check_address
 from sluice_server.transport.options import TransportOptions
 from support.fakes import PATIENCE_S, eventually
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from sluice_server.transport.call import Call
+
+ASK = "/test.Questions/Ask"
 
 
 def has_ipv6() -> bool:
@@ -44,7 +46,7 @@ def taken() -> Iterator[int]:
 
 
 def transport_at(address: str, handler: Callable[[Sequence[Call]], None] | None = None, **options) -> GrpcioTransport:
-    return GrpcioTransport(handler or (lambda _calls: None), {"Ask": False}, TransportOptions(address, **options))
+    return GrpcioTransport(handler or (lambda _calls: None), {ASK: False}, TransportOptions(address, **options))
 
 
 @pytest.mark.parametrize(
@@ -105,12 +107,12 @@ def test_a_call_that_is_open_when_time_is_up_gets_a_status_and_is_counted(no_err
     transport = transport_at("127.0.0.1:0", lambda _calls: opened.set())
     transport.start()
     with grpc.insecure_channel(transport.endpoints[0]) as channel:
-        future = channel.unary_unary(f"/{SERVICE}/Ask").future(b"", timeout=PATIENCE_S)
+        future = channel.unary_unary(ASK).future(b"", timeout=PATIENCE_S)
         assert opened.wait(PATIENCE_S)
         transport.stop(0.05)
         assert future.code() is grpc.StatusCode.UNAVAILABLE
         assert "shut down" in future.details()
-    assert transport.outcomes() == {("Ask", Code.UNAVAILABLE): 1}
+    assert transport.outcomes() == {(ASK, Code.UNAVAILABLE): 1}
 
 
 def test_an_accepted_call_may_end_while_the_transport_stops(no_errors_logged):
@@ -124,7 +126,7 @@ def test_an_accepted_call_may_end_while_the_transport_stops(no_errors_logged):
     transport = transport_at("127.0.0.1:0", accept)
     transport.start()
     with grpc.insecure_channel(transport.endpoints[0]) as channel:
-        ask = channel.unary_unary(f"/{SERVICE}/Ask")
+        ask = channel.unary_unary(ASK)
         future = ask.future(b"", timeout=PATIENCE_S)
         assert arrived.wait(PATIENCE_S)
         stopping = threading.Thread(target=transport.stop, args=(PATIENCE_S,))
@@ -133,7 +135,7 @@ def test_an_accepted_call_may_end_while_the_transport_stops(no_errors_logged):
         opened[0].reply([b"answer"])
         assert future.result() == b"answer"
         stopping.join()
-    assert transport.outcomes()["Ask", Code.OK] == 1
+    assert transport.outcomes()[ASK, Code.OK] == 1
 
 
 def refusals(ask: grpc.UnaryUnaryMultiCallable) -> set[grpc.StatusCode]:

@@ -38,8 +38,8 @@ class ModelMetrics:
 class ServerMetrics:
     """What /metrics shows of the whole server.
 
-    `rpcs` counts ended calls by method and code. The methods must be the server's own, never text that a client
-    sent, as each becomes a series. `host` is None where there is no /proc.
+    `rpcs` counts ended calls by code and method (`/service/method`). The methods must be the server's own, never text
+    that a client sent, as each becomes a series. `host` is None where there is no /proc.
     """
 
     version: str
@@ -140,8 +140,9 @@ def _batch_rows(model: ModelMetrics) -> Iterator[_Sample]:
 
 
 def _rpcs(server: ServerMetrics) -> Iterator[_Sample]:
-    for (method, code), count in sorted(server.rpcs.items()):
-        yield _Sample(count, (("method", method), ("code", code.name)))
+    for (path, code), count in sorted(server.rpcs.items()):
+        _, service, method = path.split("/")
+        yield _Sample(count, (("service", service), ("method", method), ("code", code.name)))
 
 
 def _build_info(server: ServerMetrics) -> Iterator[_Sample]:
@@ -247,7 +248,7 @@ _SERVER_FAMILIES = (
         "Memory of the machine that is not available, in bytes",
         _host(lambda host: host.memory_used_bytes),
     ),
-    _ServerFamily("sluice_rpcs_total", "counter", "Calls that ended, by method and gRPC status code", _rpcs),
+    _ServerFamily("sluice_rpcs_total", "counter", "Calls and streams that ended, by method and gRPC code", _rpcs),
     _ServerFamily("sluice_build_info", "gauge", "Always 1; the labels tell what runs", _build_info),
     _ServerFamily(
         "process_cpu_seconds_total",

@@ -1,7 +1,8 @@
 """Takes lists of calls from a transport, answers the cheap ones in place and sends inference to the models' queues.
 
-Runs on the transport's intake thread. What can take long (loading a model) goes to a small pool of threads. Whatever
-goes wrong with one call ends that call, with a status from the one table, and never the list.
+Requests of a stream go the same way as those that come alone; `streams.py` keeps their order. Runs on the transport's
+intake thread. What can take long (loading a model) goes to a small pool of threads. Whatever goes wrong with one call
+ends that call, with a status from the one table, and never the list.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError, Message
 
-from sluice_proto.grpc_service_pb2 import DESCRIPTOR
 from sluice_server.errors import InvalidArgument, Unavailable, Unimplemented
 from sluice_server.observability.statistics import Outcome
 from sluice_server.protocol.decode import ParsedRequest, decode
+from sluice_server.protocol.rpcs import SERVICE, name_of, path_of
+from sluice_server.protocol.streams import InferStreams
 from sluice_server.protocol.traced import TracedCall
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Executor
 
     from sluice_server.execution.model import ServedModel
@@ -26,15 +28,12 @@ if TYPE_CHECKING:
     from sluice_server.protocol.rpcs import Rpc
     from sluice_server.repository.manager import ModelManager
     from sluice_server.status import StatusMapper
-    from sluice_server.transport.call import Call
+    from sluice_server.transport.call import Call, Stream
 
 RELOADS_FOLLOWED_MAX = 4
 """How often one request is passed on to the version that replaced the one it was meant for."""
 
-SERVICE = DESCRIPTOR.services_by_name["GRPCInferenceService"]
-
-STREAMS: dict[str, bool] = {method.name: method.client_streaming for method in SERVICE.methods}
-"""Every RPC of the service, and whether it streams: what a transport is to accept."""
+INFER, STREAM_INFER = path_of("ModelInfer"), path_of("ModelStreamInfer")
 
 
 class Dispatcher:
@@ -47,19 +46,40 @@ class Dispatcher:
         to_status: StatusMapper,
         slow_pool: Executor,
         tracer: Tracer | None = None,
+        *,
+        streams: Mapping[str, Callable[[Call], None]] | None = None,
     ) -> None:
+        """`rpcs` and `streams` are by the paths of their methods; the latter are given each message of a stream."""
         self._manager = manager
         self._rpcs = rpcs
         self._to_status = to_status
         self._slow_pool = slow_pool
         self._tracer = tracer
+        self._streams = streams or {}
+        self._infer_streams = InferStreams()
+
+    @property
+    def methods(self) -> dict[str, bool]:
+        """The path of every RPC, and whether it streams: what a transport is to accept."""
+        inference = {path_of(method.name): bool(method.client_streaming) for method in SERVICE.methods}
+        return inference | dict.fromkeys(self._rpcs, False) | dict.fromkeys(self._streams, True)
+
+    def stop(self) -> None:
+        """Take no more requests from the streams of inference, and end each when its answers are sent."""
+        self._infer_streams.stop()
 
     def __call__(self, calls: Sequence[Call]) -> None:
         """Take every call of the list over."""
         queued: dict[ServedModel, list[InferRequest]] = {}
         for call in calls:
-            if call.method == "ModelInfer":
+            if call.method == INFER:
                 self._decode_into(queued, call)
+            elif call.method == STREAM_INFER:
+                request = self._infer_streams.take(call)
+                if request is not None:
+                    self._decode_into(queued, request)
+            elif call.stream is not None:
+                self._pass_on(call, call.stream)
             else:
                 self._answer(call)
         for model, requests in queued.items():
@@ -86,7 +106,7 @@ class Dispatcher:
     def _sampled(tracer: Tracer, call: Call) -> Call:
         if call.sampled:  # passed on to the version that replaced another one
             return call
-        trace = tracer.start_request(call.method, call.metadata, call.received_ns)
+        trace = tracer.start_request(name_of(call.method), call.metadata, call.received_ns)
         return call if trace is None else TracedCall(call, trace)
 
     def _submit(self, model: ServedModel, requests: list[InferRequest], reloads_left: int) -> None:
@@ -106,10 +126,16 @@ class Dispatcher:
         for successor, again in queued.items():
             self._submit(successor, again, reloads_left - 1)
 
+    def _pass_on(self, message: Call, stream: Stream) -> None:
+        try:
+            self._streams[message.method](message)
+        except Exception as error:
+            stream.finish(self._to_status(error))
+
     def _answer(self, call: Call) -> None:
         rpc = self._rpcs.get(call.method)
         if rpc is None:
-            call.fail(self._to_status(Unimplemented(f"{call.method} is not implemented in this version")))
+            call.fail(self._to_status(Unimplemented(f"{name_of(call.method)} is not implemented in this version")))
         elif rpc.slow:
             try:
                 self._slow_pool.submit(self._run, rpc, call)

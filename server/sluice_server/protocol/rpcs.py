@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sluice_server.security.control import ControlPolicy
     from sluice_server.transport.call import Call
 
+SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
 """The protocol's extensions that are there, in ServerMetadata; a name is added with the feature."""
 
@@ -43,11 +45,21 @@ class ServerIdentity:
     version: str
 
 
+def path_of(method: str) -> str:
+    """The path on the wire of one of the service's RPCs, such as `ModelInfer`."""
+    return f"/{SERVICE.full_name}/{method}"
+
+
+def name_of(path: str) -> str:
+    """The name of an RPC without its service."""
+    return path.rpartition("/")[2]
+
+
 def rpc_table(manager: ModelManager, identity: ServerIdentity, control: ControlPolicy) -> Mapping[str, Rpc]:
-    """The RPCs by name."""
+    """The RPCs by their paths."""
     questions = _Questions(manager, identity)
     commands = _Commands(manager, control)
-    return {
+    rpcs = {
         "ServerLive": Rpc(pb.ServerLiveRequest, questions.server_live),
         "ServerReady": Rpc(pb.ServerReadyRequest, questions.server_ready),
         "ModelReady": Rpc(pb.ModelReadyRequest, questions.model_ready),
@@ -59,6 +71,7 @@ def rpc_table(manager: ModelManager, identity: ServerIdentity, control: ControlP
         "RepositoryModelLoad": Rpc(pb.RepositoryModelLoadRequest, commands.load, slow=True),
         "RepositoryModelUnload": Rpc(pb.RepositoryModelUnloadRequest, commands.unload, slow=True),
     }
+    return {path_of(name): rpc for name, rpc in rpcs.items()}
 
 
 class _Questions:
@@ -125,13 +138,13 @@ class _Commands:
         self._control = control
 
     def load(self, request: Any, call: Call) -> Message:
-        self._control.check(call.method, call.peer)
+        self._control.check(name_of(call.method), call.peer)
         _refuse_repository_name(request)
         self._manager.load(request.model_name, _override(request.parameters))
         return pb.RepositoryModelLoadResponse()
 
     def unload(self, request: Any, call: Call) -> Message:
-        self._control.check(call.method, call.peer)
+        self._control.check(name_of(call.method), call.peer)
         _refuse_repository_name(request)
         for key in request.parameters:
             if key != "unload_dependents":

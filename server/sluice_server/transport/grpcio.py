@@ -3,6 +3,7 @@
 Calls that arrive during one turn of the event loop go up as one list, on the loop's thread, which is therefore this
 transport's intake thread: a separate one would add a hand-off for each request and save none. Ends come back through
 one queue that is emptied on the loop once per wake-up, so that a batch costs one wake-up and not one per request.
+A stream has two tasks: gRPC's own, which writes, and one that reads while the stream has room.
 """
 
 from __future__ import annotations
@@ -19,26 +20,20 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from sluice_batching import NO_DEADLINE
-from sluice_server.status import OK, Code, Status
-from sluice_server.transport.call import Call, ListenError
+from sluice_server.status import Code, Status
+from sluice_server.transport.call import STREAM_AHEAD, ListenError
 from sluice_server.transport.gathering import HOLD_NS, Gathering
+from sluice_server.transport.grpcio_calls import GrpcioCall, GrpcioMessage, GrpcioStream
 from sluice_server.transport.grpcio_options import channel_args, server_credentials
-from sluice_server.transport.health import HealthService
 from sluice_server.transport.listening import check_address
 from sluice_server.transport.message import fit_message
 from sluice_server.transport.options import UNIX_PREFIX
-from sluice_server.transport.reflection import add_reflection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from typing_extensions import Buffer
-
-    from sluice_server.transport.call import Metadata
+    from sluice_server.transport.call import Call
     from sluice_server.transport.options import TransportOptions
-
-SERVICE = "inference.GRPCInferenceService"
 
 BIND_TIMEOUT_S = 30.0
 """Binding takes milliseconds; past this the event loop is stuck and the start fails."""
@@ -65,50 +60,21 @@ class _ClientLeftFilter(logging.Filter):
 logging.getLogger("grpc._cython.cygrpc").addFilter(_ClientLeftFilter())
 
 
-class GrpcioCall(Call):
-    """One unary RPC of the grpcio server; its end is a future on the event loop."""
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """The behaviours by their methods' paths."""
 
-    __slots__ = ("_context", "_transport", "ended", "future")
+    def __init__(self, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
+        self._handlers = handlers
 
-    def __init__(self, transport: GrpcioTransport, method: str, message: bytes, context: Any) -> None:
-        self.method = method
-        self.message = message
-        self.received_ns = time.monotonic_ns()
-        remaining_s = context.time_remaining()
-        self.deadline_ns = NO_DEADLINE if remaining_s is None else self.received_ns + int(remaining_s * 1e9)
-        self.on_cancel = None
-        self.ended = False
-        self.future: asyncio.Future[tuple[Status, bytes]] = transport.loop.create_future()
-        self._transport = transport
-        self._context = context
-
-    def __repr__(self) -> str:
-        return f"<GrpcioCall {self.method} {'ended' if self.ended else 'open'}>"
-
-    @property
-    def metadata(self) -> Metadata:
-        """The request's headers."""
-        return tuple((key, value) for key, value in self._context.invocation_metadata())
-
-    @property
-    def peer(self) -> str:
-        """The client's address as gRPC writes it."""
-        return str(self._context.peer())
-
-    def reply(self, parts: Sequence[Buffer]) -> None:
-        """End the call with a message; the parts are joined here, on the caller's thread."""
-        self._transport.end(self, OK, b"".join(parts))
-
-    def fail(self, status: Status) -> None:
-        """End the call with an error."""
-        self._transport.end(self, status, b"")
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler | None:
+        """What serves a call; None, which gRPC answers with UNIMPLEMENTED, for a path that there is not."""
+        return self._handlers.get(handler_call_details.method)
 
 
 class GrpcioTransport:
-    """grpcio's asyncio server behind the seam. Everything but `end` and the public methods runs on its one thread."""
+    """grpcio's asyncio server behind the seam. Everything but `post` and the public methods runs on its one thread."""
 
     name = "grpcio"
-    service = SERVICE
 
     def __init__(
         self,
@@ -116,23 +82,23 @@ class GrpcioTransport:
         methods: Mapping[str, bool],
         options: TransportOptions,
     ) -> None:
-        """`methods` maps each RPC's name to whether it streams."""
+        """`methods` maps the path of each RPC to whether it streams."""
         self._handler = handler
         self._methods = methods
         self._options = options
         self._gathering = Gathering()
-        self._inbox: list[GrpcioCall] = []
+        self._inbox: list[GrpcioCall | GrpcioMessage] = []
         self._hold: asyncio.TimerHandle | None = None
         self._delivery_is_due = False
-        self._open: set[GrpcioCall] = set()
-        self._outbox: collections.deque[tuple[GrpcioCall, Status, bytes]] = collections.deque()
+        self._open: set[GrpcioCall | GrpcioStream] = set()
+        self._company = 0
+        self._outbox: collections.deque[tuple[GrpcioCall | GrpcioStream, Status | None, bytes]] = collections.deque()
         self._wake_is_due = False
         self._outcomes: collections.Counter[tuple[str, Code]] = collections.Counter()
         self._endpoints: tuple[str, ...] = ()
         self._bound: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="grpcio-transport", daemon=True)
         self._stopping: asyncio.Future[float]
-        self._health = HealthService()
         self.loop: asyncio.AbstractEventLoop
 
     @property
@@ -149,20 +115,15 @@ class GrpcioTransport:
         self._thread.start()
         self._bound.result(BIND_TIMEOUT_S)
 
-    def set_serving(self, service: str, *, serving: bool) -> None:
-        """Say what grpc.health.v1 answers for a name; from any thread, also before `start` and after `stop`."""
-        self._health.set_serving(service, serving=serving)
-        self._call_on_loop(self._health.notify)
-
     def stop(self, grace_s: float) -> None:
         """Refuse new calls at once, wait up to `grace_s` seconds for accepted ones, cancel the rest."""
         self._call_on_loop(lambda: self._begin_to_stop(grace_s))
         if self._thread.ident is not None:
             self._thread.join()
 
-    def end(self, call: GrpcioCall, status: Status, payload: bytes) -> None:
-        """Queue the end of a call; from any thread. The first end of a batch wakes the loop, the others ride along."""
-        self._outbox.append((call, status, payload))
+    def post(self, rpc: GrpcioCall | GrpcioStream, status: Status | None, payload: bytes) -> None:
+        """Queue a message or an end; from any thread. The first of a batch wakes the loop, the others ride along."""
+        self._outbox.append((rpc, status, payload))
         if not self._wake_is_due:
             self._wake_is_due = True
             self._call_on_loop(self._flush)
@@ -193,8 +154,6 @@ class GrpcioTransport:
         self._stopping = self.loop.create_future()
         server = grpc.aio.server(options=channel_args(self._options))
         server.add_generic_rpc_handlers((self._rpc_handlers(),))
-        self._health.add_to(server)
-        add_reflection(server, SERVICE)
         self._endpoints = (self._bind(server),)
         await server.start()
         self._bound.set_result(None)
@@ -203,11 +162,10 @@ class GrpcioTransport:
 
     async def _end_all(self, server: grpc.aio.Server, grace_s: float) -> None:
         """Let accepted calls finish; those that take too long get a status here, as gRPC would log a trace for each."""
-        self._health.close()
         stopped = self.loop.create_task(server.stop(grace_s + LAST_ENDS_S))
         await asyncio.wait({stopped}, timeout=grace_s)
-        for call in self._open:
-            self.end(call, _TIME_IS_UP, b"")
+        for rpc in self._open:
+            self.post(rpc, _TIME_IS_UP, b"")
         await stopped
 
     def _bind(self, server: grpc.aio.Server) -> str:
@@ -228,17 +186,19 @@ class GrpcioTransport:
         return address
 
     def _rpc_handlers(self) -> grpc.GenericRpcHandler:
-        handlers = {
-            name: grpc.stream_stream_rpc_method_handler(self._stream_behaviour(name))
-            if streams
-            else grpc.unary_unary_rpc_method_handler(self._unary_behaviour(name))
-            for name, streams in self._methods.items()
-        }
-        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+        return _Handlers(
+            {
+                path: grpc.stream_stream_rpc_method_handler(self._stream_behaviour(path))
+                if streams
+                else grpc.unary_unary_rpc_method_handler(self._unary_behaviour(path))
+                for path, streams in self._methods.items()
+            }
+        )
 
     def _unary_behaviour(self, method: str) -> Callable[[bytes, Any], Any]:
         async def behave(message: bytes, context: Any) -> bytes:
             call = GrpcioCall(self, method, message, context)
+            self._open.add(call)
             self._accept(call)
             try:
                 status, payload = await call.future
@@ -252,18 +212,52 @@ class GrpcioTransport:
         return behave
 
     def _stream_behaviour(self, method: str) -> Callable[[Any, Any], Any]:
-        """A stream is one call without a message: enough to be answered with a status."""
-        unary = self._unary_behaviour(method)
-
         async def behave(_requests: Any, context: Any) -> None:
-            await unary(b"", context)
+            stream = GrpcioStream(self, method, context)
+            self._open.add(stream)
+            reader = self.loop.create_task(self._read(stream, context))
+            try:
+                status = await self._write(stream, context)
+            finally:
+                reader.cancel()
+                self._client_left(stream)  # unless it has ended
+            if status.code is not Code.OK:
+                await context.abort(_CODES[status.code], fit_message(status.message))
 
         return behave
 
-    def _accept(self, call: GrpcioCall) -> None:
+    async def _read(self, stream: GrpcioStream, context: Any) -> None:
+        """Hand the client's messages up while the stream has room, and None behind the last one."""
+        while (message := await context.read()) is not grpc.aio.EOF:
+            if stream.ended:
+                return
+            stream.ahead += 1
+            self._accept(GrpcioMessage(stream, message))
+            while stream.ahead >= STREAM_AHEAD:
+                stream.room.clear()
+                await stream.room.wait()
+        # A client that has cancelled looks the same at first; behind another reading that has become known.
+        await context.read()
+        self._accept(GrpcioMessage(stream, None))
+
+    async def _write(self, stream: GrpcioStream, context: Any) -> Status:
+        """Write what is sent until the stream has a status, which is given."""
+        while True:
+            stream.changed.clear()
+            while stream.outgoing:
+                await context.write(stream.outgoing.popleft())
+                if stream.ahead:
+                    stream.ahead -= 1
+                    self._company -= 1
+                    stream.room.set()
+            if stream.status is not None:
+                return stream.status
+            await stream.changed.wait()
+
+    def _accept(self, call: GrpcioCall | GrpcioMessage) -> None:
         self._inbox.append(call)
-        self._open.add(call)
-        if self._gathering.arrived(len(self._open)):
+        self._company += call.message is not None
+        if self._gathering.arrived(self._company):
             self._gathering.sampled(call.received_ns, time.thread_time_ns())
         if self._gathering.holds(len(self._inbox)):
             if self._hold is None:
@@ -283,27 +277,26 @@ class GrpcioTransport:
         self._handler(calls)
 
     def _flush(self) -> None:
-        # Cleared first: an end that is queued from here on makes a wake-up of its own.
+        # Cleared first: what is posted from here on makes a wake-up of its own.
         self._wake_is_due = False
         outbox = self._outbox
         while outbox:
-            call, status, payload = outbox.popleft()
-            # A future that is cancelled already is a client that has left; `_client_left` comes later in this turn.
-            if call.future.cancelled() or self._has_ended(call, status.code):
-                continue
-            call.future.set_result((status, payload))
+            rpc, status, payload = outbox.popleft()
+            if not rpc.ended and (code := rpc.deliver(status, payload)) is not None:
+                self._end(rpc, code)
 
-    def _client_left(self, call: GrpcioCall) -> None:
-        on_cancel = call.on_cancel
-        if not self._has_ended(call, call.code_of_leaving(time.monotonic_ns())) and on_cancel is not None:
+    def _client_left(self, rpc: GrpcioCall | GrpcioStream) -> None:
+        if rpc.ended:
+            return
+        on_cancel = rpc.on_cancel
+        self._end(rpc, rpc.code_of_leaving(time.monotonic_ns()))
+        if on_cancel is not None:
             on_cancel()
 
-    def _has_ended(self, call: GrpcioCall, code: Code) -> bool:
-        """Mark the end of a call and count it; True when another end came first."""
-        if call.ended:
-            return True
-        call.ended = True
-        call.on_cancel = None  # it leads back to the call: without it, memory is freed at once and not by the collector
-        self._outcomes[call.method, code] += 1
-        self._open.discard(call)
-        return False
+    def _end(self, rpc: GrpcioCall | GrpcioStream, code: Code) -> None:
+        """Mark the end of an RPC and count it."""
+        rpc.ended = True
+        rpc.on_cancel = None  # it leads back to the call: without it, memory is freed at once and not by the collector
+        self._outcomes[rpc.method, code] += 1
+        self._open.discard(rpc)
+        self._company -= rpc.leave()
