@@ -90,9 +90,9 @@ impl Listener {
                 }
                 Poll::Pending
             }
-            Sockets::Unix { listener, .. } => listener
-                .poll_accept(context)
-                .map(|accepted| accepted.and_then(|(stream, _)| unix_connection(stream))),
+            Sockets::Unix { listener, .. } => {
+                listener.poll_accept(context).map(|accepted| accepted.and_then(|(stream, _)| unix_connection(stream)))
+            }
         }
     }
 }
@@ -115,13 +115,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 fn tcp_connection(stream: TcpStream, from: SocketAddr) -> io::Result<(Socket, Peer)> {
     stream.set_nodelay(true)?;
     let text = peer_text(from);
-    Ok((
-        Socket::Tcp(stream),
-        Peer {
-            text,
-            credentials: None,
-        },
-    ))
+    Ok((Socket::Tcp(stream), Peer { text, credentials: None }))
 }
 
 fn unix_connection(stream: UnixStream) -> io::Result<(Socket, Peer)> {
@@ -169,13 +163,7 @@ fn bind_tcp(address: &str, reuse_port: bool) -> io::Result<Listener> {
     };
     let port = listeners[0].local_addr()?.port();
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-    Ok(Listener {
-        endpoint: format!("{host}:{port}"),
-        sockets: Sockets::Tcp {
-            listeners,
-            turn: AtomicUsize::new(0),
-        },
-    })
+    Ok(Listener { endpoint: format!("{host}:{port}"), sockets: Sockets::Tcp { listeners, turn: AtomicUsize::new(0) } })
 }
 
 /// One socket for both families, or for IPv4 where the machine has no IPv6.
@@ -203,11 +191,7 @@ fn listen_at_all(addresses: &[SocketAddr], reuse_port: bool) -> io::Result<Vec<T
             Err(error) => return Err(error),
         }
     }
-    if listeners.is_empty() {
-        Err(missing)
-    } else {
-        Ok(listeners)
-    }
+    if listeners.is_empty() { Err(missing) } else { Ok(listeners) }
 }
 
 /// `AddrNotAvailable` when the machine does not have the address, or its whole family.
@@ -243,10 +227,7 @@ fn bind_unix(address: &str, path: &str, mode: Option<u32>) -> io::Result<Listene
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
     Ok(Listener {
-        sockets: Sockets::Unix {
-            listener: UnixListener::from_std(socket.into())?,
-            _file: file,
-        },
+        sockets: Sockets::Unix { listener: UnixListener::from_std(socket.into())?, _file: file },
         endpoint: address.to_owned(),
     })
 }
@@ -258,20 +239,14 @@ fn remove_dead_socket(path: &Path, name: &SockAddr) -> io::Result<()> {
         found => found?,
     };
     if !metadata.file_type().is_socket() {
-        return Err(io::Error::new(
-            io::ErrorKind::AlreadyExists,
-            "the file exists and is not a socket",
-        ));
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "the file exists and is not a socket"));
     }
     let socket = RawSocket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?; // a server whose backlog is full must not hold this one
     match socket.connect(name) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
-        _ => Err(io::Error::new(
-            io::ErrorKind::AddrInUse,
-            "another server listens on this socket",
-        )),
+        _ => Err(io::Error::new(io::ErrorKind::AddrInUse, "another server listens on this socket")),
     }
 }
 
@@ -369,11 +344,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     fn block_on<F: Future>(work: F) -> F::Output {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap()
-            .block_on(work)
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
     }
 
     /// A path of this test's own for a socket, gone at the end.
@@ -424,13 +395,7 @@ mod tests {
             let client = TcpStream::connect(&endpoint).await.unwrap();
             let text = format!("ipv4:{}", client.local_addr().unwrap());
             let peer = echo_once(&listener, client).await;
-            assert_eq!(
-                peer,
-                Peer {
-                    text,
-                    credentials: None
-                }
-            );
+            assert_eq!(peer, Peer { text, credentials: None });
         });
     }
 
@@ -440,9 +405,7 @@ mod tests {
             let listener = bind("localhost:0", false, None).unwrap();
             let endpoint = listener.endpoint();
             assert!(endpoint.starts_with("localhost:"));
-            let Sockets::Tcp { listeners, .. } = &listener.sockets else {
-                unreachable!()
-            };
+            let Sockets::Tcp { listeners, .. } = &listener.sockets else { unreachable!() };
             for one in listeners {
                 let client = TcpStream::connect(one.local_addr().unwrap()).await.unwrap();
                 echo_once(&listener, client).await;
@@ -469,10 +432,7 @@ mod tests {
             let first = bind("127.0.0.1:0", true, None).unwrap();
             let error = bind(&first.endpoint(), false, None).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
-            assert_eq!(
-                bind(&first.endpoint(), true, None).unwrap().endpoint(),
-                first.endpoint()
-            );
+            assert_eq!(bind(&first.endpoint(), true, None).unwrap().endpoint(), first.endpoint());
         });
     }
 

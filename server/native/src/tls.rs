@@ -61,13 +61,7 @@ impl Tls {
         // Looked at before they are read: a change in between is then seen as one later on.
         let stamps = stamps(&files);
         let acceptor = acceptor(&files)?;
-        Ok(Self {
-            files,
-            acceptor,
-            stamps,
-            looked: Instant::now(),
-            told: None,
-        })
+        Ok(Self { files, acceptor, stamps, looked: Instant::now(), told: None })
     }
 
     /// What to accept the next connection with; connections that exist keep what they have.
@@ -163,20 +157,14 @@ fn identity(files: &TlsFiles) -> Result<CertifiedKey, String> {
     let key = private_key(&files.key)?;
     let key = any_supported_type(&key).map_err(|_| {
         let kinds = "RSA from 2048 bits, ECDSA on P-256 or P-384, Ed25519";
-        wrong(
-            &files.key,
-            format!("the key is of no kind that can be used ({kinds}), or damaged"),
-        )
+        wrong(&files.key, format!("the key is of no kind that can be used ({kinds}), or damaged"))
     })?;
     let identity = CertifiedKey::new(chain, key);
     match identity.keys_match() {
         Ok(()) => Ok(identity),
         Err(rustls::Error::InconsistentKeys(_)) => {
             let certificate = files.certificate.display();
-            Err(wrong(
-                &files.key,
-                format!("the key does not fit the certificate in {certificate}"),
-            ))
+            Err(wrong(&files.key, format!("the key does not fit the certificate in {certificate}")))
         }
         Err(error) => Err(wrong(&files.certificate, error)),
     }
@@ -193,9 +181,8 @@ fn roots(path: &Path) -> Result<RootCertStore, String> {
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let pem = read(path)?;
-    let all: Vec<_> = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<_, _>>()
-        .map_err(|error| wrong(path, error))?;
+    let all: Vec<_> =
+        CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>().map_err(|error| wrong(path, error))?;
     if all.is_empty() {
         return Err(wrong(path, "there is no PEM certificate in it"));
     }
@@ -486,65 +473,32 @@ mod tests {
             (authority.directory.join("none.pem"), "No such file"),
             (junk.clone(), "there is no PEM private key in it"),
             (authority.write("cut.pem", &key[..key.len() / 2]), "cut.pem: "),
-            (
-                authority.write("damaged.pem", &pem("PRIVATE KEY", b"0123456789")),
-                "of no kind that can be used",
-            ),
-            (
-                authority.write("other.pem", &other),
-                "the key does not fit the certificate in ",
-            ),
-            (
-                authority.write("secret.pem", &pem("ENCRYPTED PRIVATE KEY", b"?")),
-                "the key is encrypted",
-            ),
+            (authority.write("damaged.pem", &pem("PRIVATE KEY", b"0123456789")), "of no kind that can be used"),
+            (authority.write("other.pem", &other), "the key does not fit the certificate in "),
+            (authority.write("secret.pem", &pem("ENCRYPTED PRIVATE KEY", b"?")), "the key is encrypted"),
             (
                 authority.write("old.pem", "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n"),
                 "the key is encrypted",
             ),
         ];
         for (path, reason) in cases {
-            let text = refusal(TlsFiles {
-                key: path.clone(),
-                ..good.clone()
-            });
-            assert!(
-                text.starts_with(&format!("{}: ", path.display())) && text.contains(reason),
-                "{text}"
-            );
+            let text = refusal(TlsFiles { key: path.clone(), ..good.clone() });
+            assert!(text.starts_with(&format!("{}: ", path.display())) && text.contains(reason), "{text}");
         }
         for files in [
-            TlsFiles {
-                certificate: junk.clone(),
-                ..good.clone()
-            },
-            TlsFiles {
-                client_roots: Some(junk.clone()),
-                ..good.clone()
-            },
+            TlsFiles { certificate: junk.clone(), ..good.clone() },
+            TlsFiles { client_roots: Some(junk.clone()), ..good.clone() },
         ] {
-            assert_eq!(
-                refusal(files),
-                format!("{}: there is no PEM certificate in it", junk.display())
-            );
+            assert_eq!(refusal(files), format!("{}: there is no PEM certificate in it", junk.display()));
         }
         let damaged = authority.write("damaged-cert.pem", &pem("CERTIFICATE", b"0123456789"));
         for files in [
-            TlsFiles {
-                certificate: damaged.clone(),
-                ..good.clone()
-            },
-            TlsFiles {
-                client_roots: Some(damaged.clone()),
-                ..good.clone()
-            },
+            TlsFiles { certificate: damaged.clone(), ..good.clone() },
+            TlsFiles { client_roots: Some(damaged.clone()), ..good.clone() },
         ] {
             assert!(refusal(files).starts_with(&format!("{}: ", damaged.display())));
         }
-        let endless = TlsFiles {
-            certificate: "/dev/zero".into(),
-            ..good
-        };
+        let endless = TlsFiles { certificate: "/dev/zero".into(), ..good };
         assert_eq!(refusal(endless), "/dev/zero: the file is too large for a PEM file");
     }
 
@@ -553,11 +507,7 @@ mod tests {
         let authority = Authority::new("rotated");
         let (old, new) = (authority.server(), authority.server());
         let mut tls = Tls::load(authority.files(&old)).unwrap();
-        let served = |tls: &Tls| {
-            handshake(tls.acceptor.clone(), authority.client(None, &[HTTP2]))
-                .unwrap()
-                .0
-        };
+        let served = |tls: &Tls| handshake(tls.acceptor.clone(), authority.client(None, &[HTTP2])).unwrap().0;
         authority.write("cert.pem", &new.certificate);
         let too_early = later(&tls) - Duration::from_nanos(1);
         assert_eq!(tls.look(too_early), None);

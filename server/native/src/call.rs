@@ -1,0 +1,416 @@
+//! What Python sees of an RPC: `Call`, and the `Stream` that the messages of one share. The seam's names and promises
+//! are in `sluice_server/transport/call.py`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
+use pyo3::{PyTraverseError, PyVisit};
+
+use crate::compression::{self, Encoding};
+use crate::framing::{PREFIX_BYTES, prefix};
+use crate::headers::{MetadataValue, metadata};
+use crate::shared::{Body, CallState, End, Held, Item, Shared, code, empty, lock};
+
+/// Answers up to this size are copied into one piece; the pieces of larger ones are sent from where they are.
+const JOIN_BYTES_MAX: usize = 64 * 1024;
+
+/// Messages up to this size become Python's `bytes`, which is what parses fastest; larger ones are not copied.
+pub const COPY_BYTES_MAX: usize = 32 * 1024;
+
+/// One unary RPC, or one message of a stream.
+#[pyclass(frozen, module = "sluice_native")]
+pub struct Call {
+    #[pyo3(get)]
+    method: Py<PyString>,
+    /// The request message; None when the client of a stream has half-closed.
+    #[pyo3(get)]
+    message: Option<Py<PyAny>>,
+    /// When the message was complete, on Python's monotonic clock.
+    #[pyo3(get)]
+    received_ns: i64,
+    #[pyo3(get)]
+    deadline_ns: i64,
+    #[pyo3(get)]
+    stream: Option<Py<Stream>>,
+    state: Arc<CallState>,
+    shared: Arc<Shared>,
+    _held: Held,
+}
+
+impl Call {
+    pub fn new(
+        py: Python<'_>,
+        shared: &Arc<Shared>,
+        method: &Py<PyString>,
+        item: (Arc<CallState>, Option<Bytes>, std::time::Instant, Held),
+    ) -> PyResult<Self> {
+        let (state, message, received, held) = item;
+        let message = match message {
+            None => None,
+            Some(bytes) if bytes.len() <= COPY_BYTES_MAX => Some(PyBytes::new(py, &bytes).into_any().unbind()),
+            Some(bytes) => Some(Py::new(py, pyo3_bytes::PyBytes::new(bytes))?.into_any()),
+        };
+        Ok(Self {
+            method: method.clone_ref(py),
+            message,
+            received_ns: shared.clock.ns(received),
+            deadline_ns: shared.clock.deadline_ns(&state),
+            stream: Stream::of(py, shared, method, &state)?,
+            state,
+            shared: Arc::clone(shared),
+            _held: held,
+        })
+    }
+}
+
+#[pymethods]
+impl Call {
+    /// Nobody listens to `describe`.
+    #[classattr]
+    #[pyo3(name = "sampled")]
+    const SAMPLED: bool = false;
+
+    #[getter]
+    fn on_cancel(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        lock(&self.state.on_cancel).as_ref().map(|callback| callback.clone_ref(py))
+    }
+
+    #[setter]
+    fn set_on_cancel(&self, callback: Option<Py<PyAny>>) {
+        set_on_cancel(&self.shared, &self.state, callback);
+    }
+
+    #[getter]
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        metadata_tuple(py, &self.state)
+    }
+
+    #[getter]
+    fn peer(&self) -> &str {
+        &self.state.client.address
+    }
+
+    #[getter]
+    fn peer_names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.state.client.names)
+    }
+
+    #[getter]
+    fn peer_credentials(&self) -> Option<(i32, u32, u32)> {
+        self.state.client.credentials
+    }
+
+    #[pyo3(signature = (**_facts))]
+    fn describe(&self, _facts: Option<&Bound<'_, PyDict>>) {}
+
+    /// `Code` of the seam: DEADLINE_EXCEEDED (4) or CANCELLED (1).
+    fn code_of_leaving(&self, py: Python<'_>, now_ns: i64) -> PyResult<Py<PyAny>> {
+        py.import("sluice_server.transport.call")?
+            .getattr("code_of_leaving")?
+            .call1((self.received_ns, self.deadline_ns, now_ns))
+            .map(Bound::unbind)
+    }
+
+    fn reply(&self, parts: &Bound<'_, PyAny>) -> PyResult<()> {
+        if self.state.stream.is_some() {
+            return Err(PyValueError::new_err("a stream is answered with Stream.send and Stream.finish"));
+        }
+        let body = body(&self.shared, &self.state, parts)?;
+        self.state.ended.store(true, Ordering::Release);
+        // The callback leads back to the call: without it, memory is freed at once and not by the collector.
+        let callback = empty(&self.state.on_cancel);
+        drop(callback);
+        self.shared.outbox.push(End::Reply(self.state.key, body));
+        Ok(())
+    }
+
+    fn fail(&self, status: &Bound<'_, PyAny>) -> PyResult<()> {
+        if self.state.stream.is_some() {
+            return Err(PyValueError::new_err("a stream is answered with Stream.send and Stream.finish"));
+        }
+        end(&self.shared, &self.state, status)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<sluice_native.Call {:?}>", self.state.key)
+    }
+}
+
+/// One bidirectional stream: the same object for all of its messages.
+#[pyclass(frozen, module = "sluice_native", weakref)]
+pub struct Stream {
+    #[pyo3(get)]
+    method: Py<PyString>,
+    #[pyo3(get)]
+    deadline_ns: i64,
+    state: std::sync::Mutex<Option<Py<PyAny>>>,
+    call: Arc<CallState>,
+    shared: Arc<Shared>,
+}
+
+impl Stream {
+    fn of(
+        py: Python<'_>,
+        shared: &Arc<Shared>,
+        method: &Py<PyString>,
+        call: &Arc<CallState>,
+    ) -> PyResult<Option<Py<Self>>> {
+        let Some(stream) = &call.stream else {
+            return Ok(None);
+        };
+        if let Some(object) = &*lock(&stream.object) {
+            return Ok(Some(object.clone_ref(py)));
+        }
+        let object = Py::new(
+            py,
+            Self {
+                method: method.clone_ref(py),
+                deadline_ns: shared.clock.deadline_ns(call),
+                state: std::sync::Mutex::new(None),
+                call: Arc::clone(call),
+                shared: Arc::clone(shared),
+            },
+        )?;
+        *lock(&stream.object) = Some(object.clone_ref(py));
+        Ok(Some(object))
+    }
+}
+
+#[pymethods]
+impl Stream {
+    #[getter]
+    fn state(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        lock(&self.state).as_ref().map(|state| state.clone_ref(py))
+    }
+
+    #[setter]
+    fn set_state(&self, state: Option<Py<PyAny>>) {
+        let before = std::mem::replace(&mut *lock(&self.state), state);
+        drop(before);
+    }
+
+    #[getter]
+    fn on_cancel(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        lock(&self.call.on_cancel).as_ref().map(|callback| callback.clone_ref(py))
+    }
+
+    #[setter]
+    fn set_on_cancel(&self, callback: Option<Py<PyAny>>) {
+        set_on_cancel(&self.shared, &self.call, callback);
+    }
+
+    #[getter]
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        metadata_tuple(py, &self.call)
+    }
+
+    #[getter]
+    fn peer(&self) -> &str {
+        &self.call.client.address
+    }
+
+    #[getter]
+    fn peer_names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.call.client.names)
+    }
+
+    #[getter]
+    fn peer_credentials(&self) -> Option<(i32, u32, u32)> {
+        self.call.client.credentials
+    }
+
+    fn send(&self, parts: &Bound<'_, PyAny>) -> PyResult<()> {
+        let body = body(&self.shared, &self.call, parts)?;
+        self.shared.outbox.push(End::Send(self.call.key, body));
+        Ok(())
+    }
+
+    #[pyo3(signature = (status = None))]
+    fn finish(&self, status: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        match status {
+            Some(status) => end(&self.shared, &self.call, status),
+            None => {
+                end_with(&self.shared, &self.call, code::OK, String::new());
+                Ok(())
+            }
+        }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // Only Python's threads lock it, and none of them is inside while the collector runs.
+        if let Ok(state) = self.state.try_lock() {
+            visit.call(&*state)?;
+        }
+        if let Ok(callback) = self.call.on_cancel.try_lock() {
+            visit.call(&*callback)?;
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        let held = (empty(&self.state), empty(&self.call.on_cancel));
+        drop(held);
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<sluice_native.Stream {:?}>", self.call.key)
+    }
+}
+
+/// Lets go of the Python object of a stream that has ended; the two hold each other until then.
+pub fn forget_object(call: &CallState) {
+    if let Some(stream) = &call.stream {
+        let object = empty(&stream.object);
+        drop(object);
+    }
+}
+
+fn set_on_cancel(shared: &Shared, call: &Arc<CallState>, callback: Option<Py<PyAny>>) {
+    let is_set = callback.is_some();
+    let before = std::mem::replace(&mut *lock(&call.on_cancel), callback);
+    drop(before);
+    if is_set && call.left.load(Ordering::Acquire) && !call.ended.load(Ordering::Acquire) {
+        // The client was faster: the transport's Python thread is told again, and calls what is set by now.
+        shared.inbox.push(Item::Left(Arc::clone(call)));
+    }
+}
+
+fn end(shared: &Shared, call: &CallState, status: &Bound<'_, PyAny>) -> PyResult<()> {
+    let code: u32 = status.getattr("code")?.extract()?;
+    let message: String = status.getattr("message")?.extract()?;
+    end_with(shared, call, code, message);
+    Ok(())
+}
+
+fn end_with(shared: &Shared, call: &CallState, code: u32, message: String) {
+    call.ended.store(true, Ordering::Release);
+    let callback = empty(&call.on_cancel);
+    drop(callback);
+    forget_object(call);
+    shared.outbox.push(End::Finish(call.key, code, message));
+}
+
+fn metadata_tuple<'py>(py: Python<'py>, call: &CallState) -> PyResult<Bound<'py, PyTuple>> {
+    let mut entries = Vec::new();
+    // Checked when the call came in.
+    for (key, value) in metadata(&call.headers).unwrap_or_default() {
+        let value = match value {
+            MetadataValue::Text(text) => PyString::new(py, &text).into_any(),
+            MetadataValue::Binary(bytes) => PyBytes::new(py, &bytes).into_any(),
+        };
+        entries.push((key, value));
+    }
+    PyTuple::new(py, entries)
+}
+
+/// Joins the parts of an answer, or the small ones among them, behind gRPC's prefix.
+fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyResult<Body> {
+    let mut pieces = Vec::with_capacity(4);
+    let mut length = 0;
+    for part in parts.try_iter()? {
+        let piece = Piece::of(&part?)?;
+        length += piece.as_slice().len();
+        pieces.push(piece);
+    }
+    if length > shared.options.max_message_bytes {
+        return Err(PyValueError::new_err(format!(
+            "the answer has {length} bytes, and {} may be sent",
+            shared.options.max_message_bytes
+        )));
+    }
+    if call.compression != Encoding::Identity {
+        return Ok(Body::One(compressed(parts.py(), shared, call.compression, pieces)));
+    }
+    let mut joined = BytesMut::with_capacity(PREFIX_BYTES + length.min(JOIN_BYTES_MAX));
+    joined.put_slice(&prefix(false, length));
+    if length <= JOIN_BYTES_MAX {
+        for piece in &pieces {
+            joined.put_slice(piece.as_slice());
+        }
+        return Ok(Body::One(joined.freeze()));
+    }
+    let mut bodies = Vec::with_capacity(pieces.len() + 1);
+    for piece in pieces {
+        if piece.as_slice().len() <= COPY_BYTES_MAX {
+            joined.put_slice(piece.as_slice());
+        } else {
+            if !joined.is_empty() {
+                bodies.push(joined.split().freeze());
+            }
+            bodies.push(piece.into_bytes(shared));
+        }
+    }
+    if !joined.is_empty() {
+        bodies.push(joined.freeze());
+    }
+    Ok(Body::Many(bodies))
+}
+
+fn compressed(py: Python<'_>, shared: &Shared, encoding: Encoding, pieces: Vec<Piece<'_>>) -> Bytes {
+    let mut plain = BytesMut::new();
+    for piece in &pieces {
+        plain.put_slice(piece.as_slice());
+    }
+    let plain = [plain.freeze()];
+    let level = shared.options.compression_level;
+    let packed = py.detach(|| compression::deflate(encoding, level, &plain));
+    let mut framed = BytesMut::with_capacity(PREFIX_BYTES + packed.len());
+    framed.put_slice(&prefix(true, packed.len()));
+    framed.put_slice(&packed);
+    framed.freeze()
+}
+
+/// One part of an answer: `bytes`, or any other C-contiguous buffer.
+enum Piece<'py> {
+    Bytes(Bound<'py, PyBytes>),
+    Buffer(pyo3_bytes::PyBytes),
+}
+
+impl<'py> Piece<'py> {
+    fn of(part: &Bound<'py, PyAny>) -> PyResult<Self> {
+        match part.cast::<PyBytes>() {
+            Ok(bytes) => Ok(Self::Bytes(bytes.clone())),
+            Err(_) => Ok(Self::Buffer(part.extract()?)),
+        }
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Bytes(bytes) => bytes.as_bytes(),
+            Self::Buffer(buffer) => buffer.as_slice(),
+        }
+    }
+
+    fn into_bytes(self, shared: &Arc<Shared>) -> Bytes {
+        match self {
+            Self::Bytes(bytes) => Bytes::from_owner(PyBackedBytes::from(bytes)),
+            Self::Buffer(buffer) => Bytes::from_owner(Lent { buffer: Some(buffer), shared: Arc::clone(shared) }),
+        }
+    }
+}
+
+/// A Python buffer on its way out. Releasing it needs the interpreter, for which the transport's thread must never
+/// wait: it goes back to the thread that takes calls.
+struct Lent {
+    buffer: Option<pyo3_bytes::PyBytes>,
+    shared: Arc<Shared>,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        self.buffer.as_ref().map_or(&[], |buffer| buffer.as_slice())
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Some(buffer) = self.buffer.take() {
+            self.shared.inbox.push(Item::Release(buffer));
+        }
+    }
+}

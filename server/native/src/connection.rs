@@ -1,0 +1,309 @@
+//! One connection from its handshakes to its end: HTTP/2, floods, keepalive, age, and peers that make no progress.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use h2::{Ping, PingPong, Reason};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Sleep;
+
+use crate::meter::{Limits, Meter};
+use crate::options::Options;
+use crate::receive;
+use crate::shared::{Client, Connection, Counted, Item, Shared, lock};
+
+/// Of one stream: a message of 600 KB arrives without a round trip in its middle.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+
+/// Of a whole connection: some large messages at once, and a bound on what one peer makes us buffer.
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+/// The largest frame that is taken: large messages come in fewer pieces, and one is what a connection may buffer.
+const FRAME_BYTES_MAX: u32 = 256 << 10;
+
+/// While HTTP/2 holds more bytes of answers for a connection, no new requests of it are read.
+const UNSENT_BYTES_MAX: usize = 64 << 20;
+
+/// Streams that were reset before they were looked at, beyond which h2 closes the connection. Its default of 20 is
+/// less than what an honest client cancels at once; each costs its headers.
+const RESET_BEFORE_ACCEPTED_MAX: usize = 1024;
+
+/// Streams that h2 remembers for a second after we have reset them: refusals in a drain are of this kind.
+const RESETS_REMEMBERED_MAX: usize = 1024;
+
+/// What a client must take in a stall timeout while answers wait for it: more than our control frames make.
+const PROGRESS_BYTES_MIN: u64 = 4096;
+
+/// How long a connection that is being closed may take for its last frames.
+const LAST_FRAMES: Duration = Duration::from_secs(1);
+
+/// What the rest of the server may do to a connection.
+#[derive(Default)]
+pub struct Handle {
+    draining: AtomicBool,
+    waker: Mutex<Option<Waker>>,
+}
+
+impl Handle {
+    /// Sends GOAWAY: no new calls, and the end when the open ones are answered.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+        if let Some(waker) = lock(&self.waker).take() {
+            waker.wake();
+        }
+    }
+
+    fn wait(&self, context: &Context<'_>) {
+        let mut waker = lock(&self.waker);
+        if !waker.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
+            *waker = Some(context.waker().clone());
+        }
+    }
+}
+
+/// Serves a connection until it ends; its calls have ended then too.
+pub async fn serve<T>(shared: Arc<Shared>, id: u64, client: Client, handle: Arc<Handle>, io: T, handshake: Handshake)
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (io, traffic) = Meter::new(io, limits(&shared.options));
+    let Ok(Ok(http2)) = tokio::time::timeout_at(handshake.until, builder(&shared.options).handshake(io)).await else {
+        return; // in vain: nobody is left to tell
+    };
+    drop(handshake);
+    let connection =
+        Arc::new(Connection { shared, id, client: Arc::new(client), traffic, unsent: AtomicUsize::new(0) });
+    let mut serving = Serving::new(connection, handle, http2);
+    std::future::poll_fn(|context| serving.poll(context)).await;
+}
+
+/// A handshake under way: counted, and until when it may take.
+pub struct Handshake {
+    pub until: tokio::time::Instant,
+    pub _counted: Counted,
+}
+
+fn limits(options: &Options) -> Limits {
+    Limits {
+        max_ping_strikes: options.max_ping_strikes,
+        min_ping_interval: options.min_ping_interval,
+        permit_without_calls: options.keepalive_permit_without_calls,
+        ..Limits::default()
+    }
+}
+
+fn builder(options: &Options) -> h2::server::Builder {
+    let mut builder = h2::server::Builder::new();
+    builder
+        .initial_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX)
+        .max_header_list_size(options.max_header_bytes)
+        .max_concurrent_streams(options.max_concurrent_streams)
+        .max_pending_accept_reset_streams(RESET_BEFORE_ACCEPTED_MAX)
+        .max_concurrent_reset_streams(RESETS_REMEMBERED_MAX)
+        .reset_stream_duration(Duration::from_secs(1));
+    builder
+}
+
+struct Serving<T> {
+    connection: Arc<Connection>,
+    handle: Arc<Handle>,
+    http2: h2::server::Connection<Meter<T>, Bytes>,
+    pings: Option<PingPong>,
+    born: Instant,
+    /// When we pinged the client, until it answers.
+    pinged: Option<Instant>,
+    /// When GOAWAY was sent with time for open calls, and by when they must have ended.
+    going: Option<Option<Instant>>,
+    /// When the last frames must be out.
+    closing: Option<Instant>,
+    /// Since when the client has taken nothing of what is due, and how much it had taken then.
+    stalled: Option<(Instant, u64)>,
+    timer: Pin<Box<Sleep>>,
+    resets: Vec<u32>,
+    arrived: Vec<Item>,
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
+    fn new(
+        connection: Arc<Connection>,
+        handle: Arc<Handle>,
+        mut http2: h2::server::Connection<Meter<T>, Bytes>,
+    ) -> Self {
+        let pings = http2.ping_pong();
+        Self {
+            connection,
+            handle,
+            http2,
+            pings,
+            born: Instant::now(),
+            pinged: None,
+            going: None,
+            closing: None,
+            stalled: None,
+            timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
+            resets: Vec::new(),
+            arrived: Vec::new(),
+        }
+    }
+
+    fn shared(&self) -> &Shared {
+        &self.connection.shared
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let ended = self.poll_requests(context);
+        self.connection.traffic.take_resets(&mut self.resets);
+        for stream in self.resets.drain(..) {
+            self.connection.shared.leave((self.connection.id, stream));
+        }
+        if !self.arrived.is_empty() {
+            self.connection.shared.inbox.extend(self.arrived.drain(..));
+        }
+        if ended {
+            return Poll::Ready(());
+        }
+        if self.closing.is_none() && self.connection.traffic.flood().is_some() {
+            self.close(Reason::ENHANCE_YOUR_CALM, context);
+        }
+        if self.going.is_none() && self.handle.draining.load(Ordering::Relaxed) {
+            self.go_away(None, context);
+        }
+        self.connection.traffic.set_busy(self.http2.has_streams());
+        self.handle.wait(context);
+        while self.timer.as_mut().poll(context).is_ready() {
+            match self.check(Instant::now(), context) {
+                Some(next) => self.timer.as_mut().reset(next.into()),
+                None => return Poll::Ready(()),
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Takes what has come; true when the connection is over.
+    fn poll_requests(&mut self, context: &mut Context<'_>) -> bool {
+        loop {
+            if self.connection.unsent.load(Ordering::Relaxed) > UNSENT_BYTES_MAX {
+                // The client sends requests and does not take the answers: first things first.
+                match self.http2.poll_closed(context) {
+                    Poll::Ready(_) => return true,
+                    Poll::Pending if self.connection.unsent.load(Ordering::Relaxed) > UNSENT_BYTES_MAX => {
+                        return false;
+                    }
+                    Poll::Pending => {}
+                }
+            }
+            match self.http2.poll_accept(context) {
+                Poll::Ready(Some(Ok((request, response)))) => {
+                    let item = receive::open(&self.connection, request, response);
+                    self.arrived.extend(item);
+                }
+                // An error of the connection: h2 has sent its GOAWAY by now, or there is nobody to send it to.
+                Poll::Ready(Some(Err(_)) | None) => return true,
+                Poll::Pending => return false,
+            }
+        }
+    }
+
+    /// Lets open calls end, for `grace` at most, and takes no new ones.
+    fn go_away(&mut self, grace: Option<Duration>, context: &Context<'_>) {
+        self.going = Some(grace.map(|grace| Instant::now() + grace));
+        self.http2.graceful_shutdown();
+        context.waker().wake_by_ref();
+    }
+
+    fn close(&mut self, reason: Reason, context: &Context<'_>) {
+        self.closing = Some(Instant::now() + LAST_FRAMES);
+        self.http2.abrupt_shutdown(reason);
+        context.waker().wake_by_ref();
+    }
+
+    /// Looks at the clocks of the connection. Gives when to look again; None: close it now.
+    fn check(&mut self, now: Instant, context: &mut Context<'_>) -> Option<Instant> {
+        let options = &self.connection.shared.options;
+        let mut next = now + options.stall_timeout.min(options.keepalive_time);
+        if let Some(closing) = self.closing {
+            return (now < closing).then_some(closing);
+        }
+        match (self.going, options.max_connection_age) {
+            (Some(Some(until)), _) if now >= until => {
+                self.close(Reason::NO_ERROR, context);
+                return self.closing;
+            }
+            (Some(Some(until)), _) => next = next.min(until),
+            (None, Some(age)) if now >= self.born + age => {
+                let grace = options.max_connection_age_grace;
+                self.go_away(grace, context);
+                next = grace.map_or(next, |grace| next.min(now + grace));
+            }
+            (None, Some(age)) => next = next.min(self.born + age),
+            _ => {}
+        }
+        if let Some(stalled) = self.check_progress(now) {
+            if now >= stalled {
+                self.close(Reason::ENHANCE_YOUR_CALM, context);
+                return self.closing;
+            }
+            next = next.min(stalled);
+        }
+        Some(next.min(self.check_alive(now, context)?))
+    }
+
+    /// By when the client must have taken some of what is due to it.
+    fn check_progress(&mut self, now: Instant) -> Option<Instant> {
+        if self.connection.unsent.load(Ordering::Relaxed) == 0 {
+            self.stalled = None;
+            return None;
+        }
+        let taken = self.connection.traffic.bytes_written();
+        match self.stalled {
+            Some((_, before)) if taken - before < PROGRESS_BYTES_MIN => {}
+            _ => self.stalled = Some((now, taken)),
+        }
+        self.stalled.map(|(since, _)| since + self.shared().options.stall_timeout)
+    }
+
+    /// Pings a client that is silent. Gives when to look again; None: it did not answer.
+    fn check_alive(&mut self, now: Instant, context: &mut Context<'_>) -> Option<Instant> {
+        let Self { http2, pings, pinged, connection, .. } = self;
+        let options = &connection.shared.options;
+        let heard = connection.traffic.last_read();
+        if pinged.is_some_and(|at| heard > at) {
+            *pinged = None;
+        }
+        if let Some(at) = *pinged {
+            let until = at + options.keepalive_timeout;
+            return (now < until).then_some(until);
+        }
+        let due = heard + options.keepalive_time;
+        if now < due {
+            return Some(due);
+        }
+        let Some(pings) = pings else {
+            return Some(now + options.keepalive_time);
+        };
+        if !(options.keepalive_permit_without_calls || http2.has_streams()) {
+            return Some(now + options.keepalive_time);
+        }
+        // An answer to the last one that nobody asked for is taken away first.
+        drop(pings.poll_pong(context));
+        if pings.send_ping(Ping::opaque()).is_ok() {
+            *pinged = Some(now);
+            context.waker().wake_by_ref();
+        }
+        Some(now + options.keepalive_timeout)
+    }
+}
+
+impl<T> Drop for Serving<T> {
+    fn drop(&mut self) {
+        self.connection.shared.leave_all(self.connection.id);
+    }
+}

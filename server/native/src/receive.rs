@@ -1,0 +1,381 @@
+//! Requests on their way in: what is refused at once, and the messages of what is not, read, joined and decompressed.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream};
+use http::request::Parts;
+use http::{HeaderMap, Method, Request, StatusCode, header};
+use tokio::sync::{Notify, Semaphore};
+
+use crate::answer::{end_by_transport, refuse, refuse_http};
+use crate::compression::{self, Encoding, InflateError};
+use crate::framing::{Deframer, Frame, FramingError};
+use crate::headers;
+use crate::shared::{
+    Answer, CallState, Connection, Counted, Held, Item, Key, Open, Shared, StreamState, code, code_of_leaving,
+};
+
+/// Compressed messages up to this size are decompressed in place: even a bomb of it (zlib's best is 1 : 1032) takes no
+/// more than a few milliseconds.
+const INFLATE_HERE_BYTES_MAX: usize = 4 * 1024;
+
+/// An RPC whose headers were accepted.
+struct Incoming {
+    connection: Arc<Connection>,
+    key: Key,
+    method: usize,
+    headers: HeaderMap,
+    opened: Instant,
+    timeout: Option<Duration>,
+    encoding: Encoding,
+    compression: Encoding,
+}
+
+/// Why reading a request ended early.
+enum Failure {
+    /// The client is gone, or has taken the request back.
+    Gone,
+    Status(u32, String),
+}
+
+impl From<FramingError> for Failure {
+    fn from(error: FramingError) -> Self {
+        let code = match error {
+            FramingError::TooLarge { .. } => code::RESOURCE_EXHAUSTED,
+            _ => code::INTERNAL,
+        };
+        Self::Status(code, error.to_string())
+    }
+}
+
+impl From<InflateError> for Failure {
+    fn from(error: InflateError) -> Self {
+        let code = match error {
+            InflateError::TooLarge { .. } => code::RESOURCE_EXHAUSTED,
+            InflateError::Corrupt(_) => code::INTERNAL,
+        };
+        Self::Status(code, error.to_string())
+    }
+}
+
+enum Refusal {
+    Http(StatusCode),
+    Status(u32, String),
+    /// The client may send it again elsewhere: it has had no effect.
+    Retry,
+}
+
+/// Takes a request over; gives what is to be handed up when it is complete already.
+pub fn open(
+    connection: &Arc<Connection>,
+    request: Request<RecvStream>,
+    mut response: SendResponse<Bytes>,
+) -> Option<Item> {
+    let (parts, body) = request.into_parts();
+    let key = (connection.id, response.stream_id().as_u32());
+    match admit(connection, parts, key) {
+        Err(Refusal::Http(status)) => refuse_http(response, status),
+        Err(Refusal::Status(code, message)) => refuse(response, code, &message),
+        Err(Refusal::Retry) => response.send_reset(Reason::REFUSED_STREAM),
+        Ok(incoming) if connection.shared.methods[incoming.method].streams => {
+            tokio::spawn(read_stream(incoming, body, response));
+        }
+        Ok(incoming) => {
+            let mut reading = Box::pin(read_unary(incoming, body, response));
+            // Mostly the whole request is there already, and no task is needed.
+            match reading.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(item) => return item,
+                Poll::Pending => {
+                    let shared = Arc::clone(&connection.shared);
+                    tokio::spawn(async move {
+                        if let Some(item) = reading.await {
+                            shared.inbox.push(item);
+                        }
+                    });
+                }
+            }
+        }
+    }
+    None
+}
+
+fn admit(connection: &Arc<Connection>, parts: Parts, key: Key) -> Result<Incoming, Refusal> {
+    let shared = &connection.shared;
+    let headers = parts.headers;
+    if parts.method != Method::POST {
+        return Err(Refusal::Http(StatusCode::METHOD_NOT_ALLOWED));
+    }
+    if !headers::is_grpc(headers.get(header::CONTENT_TYPE)) {
+        return Err(Refusal::Http(StatusCode::UNSUPPORTED_MEDIA_TYPE));
+    }
+    if shared.draining.load(Ordering::Relaxed) {
+        return Err(Refusal::Retry);
+    }
+    let path = parts.uri.path();
+    let Some(&method) = shared.paths.get(path) else {
+        return Err(Refusal::Status(code::UNIMPLEMENTED, format!("there is no method {path} here")));
+    };
+    let encoding = match headers.get("grpc-encoding") {
+        None => Encoding::Identity,
+        Some(name) => Encoding::parse(name.as_bytes()).ok_or_else(|| {
+            Refusal::Status(
+                code::UNIMPLEMENTED,
+                format!("grpc-encoding {name:?} is not known: {}", compression::ACCEPTED),
+            )
+        })?,
+    };
+    let timeout = match headers.get("grpc-timeout") {
+        None => None,
+        Some(value) => Some(headers::timeout(value).ok_or_else(|| {
+            Refusal::Status(
+                code::INTERNAL,
+                format!("grpc-timeout {value:?} is no timeout: digits and a unit of HMSmun"),
+            )
+        })?),
+    };
+    if headers.keys().any(|key| key.as_str().ends_with("-bin")) {
+        headers::metadata(&headers).map_err(|error| Refusal::Status(code::INTERNAL, error.to_string()))?;
+    }
+    let compression = match shared.options.compression_level {
+        0 => Encoding::Identity,
+        _ => compression::choose(headers.get("grpc-accept-encoding")).unwrap_or(Encoding::Identity),
+    };
+    Ok(Incoming {
+        connection: Arc::clone(connection),
+        key,
+        method,
+        headers,
+        opened: Instant::now(),
+        timeout,
+        encoding,
+        compression,
+    })
+}
+
+impl Incoming {
+    fn shared(&self) -> &Shared {
+        &self.connection.shared
+    }
+
+    /// Makes it a call that Python may know.
+    fn register(self, response: SendResponse<Bytes>) -> Arc<CallState> {
+        let stream = self.shared().methods[self.method].streams.then(|| StreamState {
+            credit: Arc::new(Semaphore::new(self.shared().options.stream_ahead)),
+            over: Notify::new(),
+            object: Mutex::new(None),
+        });
+        let call = Arc::new(CallState {
+            key: self.key,
+            method: self.method,
+            headers: self.headers,
+            client: Arc::clone(&self.connection.client),
+            opened: self.opened,
+            timeout: self.timeout,
+            compression: self.compression,
+            left: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            on_cancel: Mutex::new(None),
+            stream,
+        });
+        let shared = Arc::clone(&self.connection.shared);
+        shared.register(Open {
+            call: Arc::clone(&call),
+            answer: Answer::Response(response),
+            connection: self.connection,
+        });
+        call
+    }
+}
+
+/// Reads the one message of a unary call. Nothing comes of a call that ends before it is complete.
+async fn read_unary(incoming: Incoming, mut body: RecvStream, response: SendResponse<Bytes>) -> Option<Item> {
+    match read_message(&incoming, &mut body).await {
+        Ok((message, held)) => {
+            let call = incoming.register(response);
+            Some(Item::Call { call, message: Some(message), received: Instant::now(), held })
+        }
+        Err(Failure::Gone) => {
+            let code = code_of_leaving(incoming.opened, incoming.timeout, Instant::now());
+            incoming.shared().count(incoming.method, code);
+            None
+        }
+        Err(Failure::Status(code, message)) => {
+            incoming.shared().count(incoming.method, code);
+            refuse(response, code, &message);
+            None
+        }
+    }
+}
+
+async fn read_message(incoming: &Incoming, body: &mut RecvStream) -> Result<(Bytes, Held), Failure> {
+    let shared = incoming.shared();
+    let _counted = Counted::new(&shared.gauges.reading);
+    let mut reader = Reader::new(shared, incoming.encoding);
+    let deadline = incoming.timeout.and_then(|timeout| incoming.opened.checked_add(timeout));
+    loop {
+        let stalled = Instant::now() + shared.options.stall_timeout;
+        let until = deadline.map_or(stalled, |deadline| deadline.min(stalled));
+        match tokio::time::timeout_at(until.into(), reader.read(body)).await {
+            Ok(more) => {
+                if !more? {
+                    break;
+                }
+            }
+            Err(_) if deadline == Some(until) => {
+                return Err(Failure::Status(code::DEADLINE_EXCEEDED, "Deadline Exceeded".into()));
+            }
+            Err(_) => return Err(stall(shared)),
+        }
+        if reader.frames.len() > 1 {
+            return Err(Failure::Status(code::UNIMPLEMENTED, "a unary call has one message, and this has more".into()));
+        }
+    }
+    match reader.next().await? {
+        Some(whole) => Ok(whole),
+        None => Err(Failure::Status(code::INTERNAL, "a unary call has one message, and this has none".into())),
+    }
+}
+
+/// Reads a stream until either side has ended it.
+async fn read_stream(incoming: Incoming, body: RecvStream, response: SendResponse<Bytes>) {
+    let connection = Arc::clone(&incoming.connection);
+    let shared = &*connection.shared;
+    let _counted = Counted::new(&shared.gauges.reading);
+    let reader = Reader::new(shared, incoming.encoding);
+    let call = incoming.register(response);
+    let Some(stream) = &call.stream else { return };
+    tokio::select! {
+        biased;
+        () = stream.over.notified() => {}
+        result = hand_up_messages(shared, &call, &stream.credit, reader, body) => match result {
+            Ok(()) => {}
+            Err(Failure::Gone) => shared.leave(call.key),
+            Err(Failure::Status(code, message)) => end_by_transport(shared, call.key, code, &message),
+        },
+    }
+}
+
+async fn hand_up_messages(
+    shared: &Shared,
+    call: &Arc<CallState>,
+    credit: &Semaphore,
+    mut reader: Reader<'_>,
+    mut body: RecvStream,
+) -> Result<(), Failure> {
+    let hand_up = |message: Option<Bytes>, held: Held| {
+        shared.inbox.push(Item::Call { call: Arc::clone(call), message, received: Instant::now(), held });
+    };
+    loop {
+        // Between its messages a stream may be silent as long as it likes.
+        let more = if reader.deframer.held_bytes() == 0 {
+            reader.read(&mut body).await?
+        } else {
+            let read = tokio::time::timeout(shared.options.stall_timeout, reader.read(&mut body));
+            read.await.map_err(|_| stall(shared))??
+        };
+        while let Some((message, held)) = reader.next().await? {
+            match credit.acquire().await {
+                Ok(permit) => permit.forget(),
+                Err(_closed) => return Ok(()),
+            }
+            hand_up(Some(message), held);
+        }
+        if !more {
+            hand_up(None, Held::new(&shared.gauges.held_bytes));
+            // The stream stays open until the server ends it, and the client may still take it back.
+            return match std::future::poll_fn(|context| body.poll_trailers(context)).await {
+                Ok(_) => std::future::pending().await,
+                Err(_) => Err(Failure::Gone),
+            };
+        }
+    }
+}
+
+fn stall(shared: &Shared) -> Failure {
+    let seconds = shared.options.stall_timeout.as_secs_f64();
+    Failure::Status(code::UNAVAILABLE, format!("the message is not complete, and nothing came for {seconds} s"))
+}
+
+/// Cuts a body into messages.
+struct Reader<'a> {
+    shared: &'a Shared,
+    encoding: Encoding,
+    deframer: Deframer,
+    frames: VecDeque<Frame>,
+    held: Held,
+}
+
+impl<'a> Reader<'a> {
+    fn new(shared: &'a Shared, encoding: Encoding) -> Self {
+        Self {
+            shared,
+            encoding,
+            deframer: Deframer::new(shared.options.max_message_bytes),
+            frames: VecDeque::new(),
+            held: Held::new(&shared.gauges.held_bytes),
+        }
+    }
+
+    /// Reads the next piece of the body; false at its end.
+    async fn read(&mut self, body: &mut RecvStream) -> Result<bool, Failure> {
+        match body.data().await {
+            None => {
+                self.deframer.finish()?;
+                Ok(false)
+            }
+            Some(Err(_)) => Err(Failure::Gone),
+            Some(Ok(chunk)) => {
+                // What came is ours to bound from here on. Only a client that is gone makes this fail.
+                drop(body.flow_control().release_capacity(chunk.len()));
+                hold(self.shared, &mut self.held, chunk.len())?;
+                self.deframer.push(chunk, &mut self.frames)?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// The next complete message, decompressed.
+    async fn next(&mut self) -> Result<Option<(Bytes, Held)>, Failure> {
+        let Some(frame) = self.frames.pop_front() else {
+            return Ok(None);
+        };
+        let mut held = std::mem::replace(&mut self.held, Held::new(&self.shared.gauges.held_bytes));
+        if !frame.compressed {
+            return Ok(Some((frame.payload, held)));
+        }
+        if self.encoding == Encoding::Identity {
+            let message = "a message is marked as compressed, and there is no grpc-encoding".into();
+            return Err(Failure::Status(code::INTERNAL, message));
+        }
+        let message = inflate(self.encoding, frame.payload, self.shared.options.max_message_bytes).await?;
+        hold(self.shared, &mut held, message.len())?;
+        Ok(Some((message, held)))
+    }
+}
+
+/// Counts bytes as held, unless the server holds too many.
+fn hold(shared: &Shared, held: &mut Held, bytes: usize) -> Result<(), Failure> {
+    let limit = shared.options.max_held_bytes;
+    if held.grow(bytes) > limit {
+        let message = format!("the server holds as many bytes of requests as it may: {limit}");
+        return Err(Failure::Status(code::RESOURCE_EXHAUSTED, message));
+    }
+    Ok(())
+}
+
+async fn inflate(encoding: Encoding, data: Bytes, limit: usize) -> Result<Bytes, Failure> {
+    if data.len() <= INFLATE_HERE_BYTES_MAX {
+        return Ok(compression::inflate(encoding, &data, limit)?);
+    }
+    match tokio::task::spawn_blocking(move || compression::inflate(encoding, &data, limit)).await {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(Failure::Status(code::INTERNAL, "the message could not be decompressed".into())),
+    }
+}

@@ -1,0 +1,101 @@
+"""The native transport: the Rust extension `sluice_native` behind the seam.
+
+Its own thread owns every socket. One Python thread takes what has arrived, in lists and without the interpreter while
+it waits, and is this transport's intake thread; calls are answered from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, cast
+
+from sluice_server.status import Code
+from sluice_server.transport.call import STREAM_AHEAD, Call, ListenError
+from sluice_server.transport.listening import reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sluice_server.transport.options import TransportOptions
+
+logger = logging.getLogger(__name__)
+
+DISTRIBUTION = "sluice-native"
+
+CALLS_MAX = 256
+"""Calls that go up in one list: their decoding takes a few milliseconds, which the first of them waits for."""
+
+HELD_BYTES_MAX = 4 << 30
+"""Bytes of requests in memory over all connections: two of the largest messages; the queues' own bounds are lower."""
+
+
+class NativeTransport:
+    """The seam's `Transport` on the Rust extension."""
+
+    name = "native"
+
+    def __init__(
+        self,
+        handler: Callable[[Sequence[Call]], None],
+        methods: Mapping[str, bool],
+        options: TransportOptions,
+        *,
+        held_bytes_max: int = HELD_BYTES_MAX,
+    ) -> None:
+        """`methods` maps the path of each RPC to whether it streams; ImportError without the extension."""
+        import sluice_native  # noqa: PLC0415 - an installation without it has the other transport
+
+        self._handler = handler
+        self._address = options.address
+        self._server = sluice_native.Server(
+            options,
+            list(methods.items()),
+            now_ns=time.monotonic_ns(),
+            max_held_bytes=held_bytes_max,
+            stream_ahead=STREAM_AHEAD,
+        )
+        self._endpoints: tuple[str, ...] = ()
+        self._thread = threading.Thread(target=self._hand_up, name="native-intake", daemon=True)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Where it listens; known after `start`."""
+        return self._endpoints
+
+    def start(self) -> None:
+        """Bind and serve, or raise `ListenError`; returns when clients can connect."""
+        try:
+            self._endpoints = (self._server.start(),)
+        except OSError as error:
+            raise ListenError(f"cannot listen on {self._address} for gRPC: {reason(error)}") from error
+        except ValueError as error:
+            raise ListenError(str(error)) from error
+        self._thread.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Refuse new calls at once, wait up to `grace_s` seconds for accepted ones, cancel the rest."""
+        self._server.stop(grace_s)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def outcomes(self) -> Mapping[tuple[str, Code], int]:
+        """How many calls of each method have ended with each code."""
+        return {(path, Code(code)): count for path, code, count in self._server.outcomes()}
+
+    def counts(self) -> Mapping[str, int]:
+        """What is held at the moment: connections, handshakes, messages being read, calls, bytes of requests."""
+        return self._server.counts()
+
+    def _hand_up(self) -> None:
+        while (taken := self._server.take(CALLS_MAX)) is not None:
+            calls, left, notices = taken
+            for notice in notices:
+                logger.warning(notice)
+            for on_cancel in left:
+                on_cancel()
+            if calls:
+                self._handler(cast("list[Call]", calls))
+            # Nothing of the list may stay alive while this thread waits for the next one.
+            del taken, calls, left
