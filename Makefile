@@ -1,8 +1,14 @@
-# Sluice's commands. `make serve` and `make test` set everything up by themselves; they need python3 (3.11 or newer) and make.
+# Sluice's commands. `make serve` and `make test` set everything up by themselves; they need python3 (3.11 or newer) and
+# make, and build the fast transport where Rust's cargo is there. With CI=true they fail where it could not be built.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+NATIVE := server/native
+NATIVE_SOURCES := $(wildcard $(NATIVE)/src/*.rs $(addprefix $(NATIVE)/,Cargo.toml Cargo.lock pyproject.toml))
+CARGO := $(shell command -v cargo)
+# Cargo on the crate; PyO3 asks this Python what to build for.
+CRATE := cd $(NATIVE) && PYO3_PYTHON="$(CURDIR)/$(BIN)/python"
 MODELS := deploy/models
 SERVE_FLAGS ?=
 
@@ -31,19 +37,35 @@ $(VENV)/.dev: $(VENV)/.server
 	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-setup: $(VENV)/.dev
+# The native transport, of the crate in server/native. Cargo keeps what it compiled in its target folder, so that only the
+# first build takes minutes. Without cargo, or when the build fails, the server says at start what it runs on instead.
+$(VENV)/.native: $(VENV)/.server $(NATIVE_SOURCES)
+ifeq ($(CARGO),)
+	@if [ "$(CI)" = true ]; then echo "CI=true, and there is no cargo to build the native transport with"; exit 1; fi
+else
+	@echo "Building the native transport (minutes the first time, then seconds) ..."
+	@if MATURIN_PEP517_ARGS=--locked $(PIP) install ./$(NATIVE) >$(VENV)/native.log 2>&1; then touch $@; else \
+	  tail -n 30 $(VENV)/native.log; \
+	  echo "The native transport could not be built: the whole log is in $(VENV)/native.log"; [ "$(CI)" != true ]; fi
+endif
 
-serve: $(VENV)/.server
+setup: $(VENV)/.dev $(VENV)/.native
+
+serve: $(VENV)/.server $(VENV)/.native
 	@echo "Serving $(MODELS); Ctrl-C ends it. From another terminal:"
 	@echo "  $(BIN)/sluice status"
 	@echo "  $(BIN)/sluice infer digits_mlp --fill random"
 	@exec $(BIN)/sluice serve --model-repository $(MODELS) $(SERVE_FLAGS)
 
-demo: $(VENV)/.server
+demo: $(VENV)/.server $(VENV)/.native
 	@$(BIN)/python deploy/demo.py
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.native
 	@$(BIN)/python -m pytest tests/batching --cov --cov-fail-under=100
+ifneq ($(CARGO),)
+	@echo "Compiling the native transport's own tests (a minute or two the first time) ..."
+	@$(CRATE) cargo test --locked --quiet
+endif
 	@$(BIN)/python -m pytest --ignore tests/batching
 
 check: $(VENV)/.dev
@@ -52,6 +74,12 @@ check: $(VENV)/.dev
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python proto/generate.py --check
+ifneq ($(CARGO),)
+	@$(CRATE) cargo fmt --check
+	@$(CRATE) cargo clippy --locked --quiet --all-targets -- -D warnings
+else
+	@if [ "$(CI)" = true ]; then echo "CI=true, and there is no cargo to check the native transport with"; exit 1; fi
+endif
 
 proto: $(VENV)/.dev
 	@$(BIN)/python proto/generate.py
@@ -59,11 +87,11 @@ proto: $(VENV)/.dev
 models: $(VENV)/.dev
 	@for name in digits_mlp digits_svm breast_cancer diabetes; do $(BIN)/python deploy/train/$$name.py || exit 1; done
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev $(VENV)/.native
 	@$(BIN)/python -m loadtests.bench $(BENCH_FLAGS)
 
 loadtest image:
 	@echo "make $@ is not implemented in this version"; exit 2
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
+	rm -rf $(VENV) $(NATIVE)/target .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
