@@ -4,10 +4,11 @@ from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, Que
 from sluice_batching.expiry import ExpiryTimer
 from sluice_batching.policy import QueuePolicy
 from sluice_batching.queue import Queue, Taken
-from sluice_batching.request import NO_DEADLINE, Request
+from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
 from sluice_batching.shell import BatchQueue
 
 __all__ = [
+    "NEVER_QUEUED",
     "NO_DEADLINE",
     "BatchQueue",
     "BatchingError",

@@ -36,13 +36,15 @@ every group that is due by its size, and a removal at the first rows of its grou
 """
 
 import heapq
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable
+from itertools import islice
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, QueueFull, RequestTooLarge
 from sluice_batching.policy import QueuePolicy
-from sluice_batching.request import NO_DEADLINE, Request
+from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
 
 R = TypeVar("R", bound=Request)
 
@@ -77,10 +79,13 @@ class Queue(Generic[R]):
     """A bounded queue that hands out batches. Not thread-safe; `now_ns` must never go backwards between calls."""
 
     __slots__ = (
+        "_batching",
         "_deadlines",
         "_draining",
         "_full_rows",
         "_groups",
+        "_max_bytes",
+        "_max_rows",
         "_next_order",
         "_policy",
         "_preferred",
@@ -96,6 +101,9 @@ class Queue(Generic[R]):
         self._preferred = frozenset(policy.preferred_batch_rows)
         self._full_rows = max(policy.preferred_batch_rows, default=policy.max_batch_rows)
         self._waits = policy.max_delay_ns > 0
+        self._batching = policy.batching
+        self._max_rows = policy.max_queue_rows or sys.maxsize
+        self._max_bytes = policy.max_queue_bytes or sys.maxsize
         self._draining = False
         self._next_order = 0
         self._rows = 0
@@ -151,50 +159,48 @@ class Queue(Generic[R]):
         changes. ValueError is raised for a bug of the caller: no rows, more rows than a batch may have, or a request
         that waits here already.
         """
-        error = self._refusal(request, now_ns)
-        if error is not None:
-            return error
+        rows, size_bytes = request.rows, request.size_bytes
+        if not 0 < rows <= self._policy.max_batch_rows:
+            raise ValueError(f"a request must have 1 to {self._policy.max_batch_rows} rows, got {rows}")
+        if request.queue_order != NEVER_QUEUED and self._waiting.get(request.queue_order) is request:
+            raise ValueError("the request waits in this queue already")
+        if self._draining:
+            return Draining()
+        if request.deadline_ns <= now_ns:
+            return DeadlineExpired(request.deadline_ns, now_ns)
+        if self._rows + rows > self._max_rows or self._size_bytes + size_bytes > self._max_bytes:
+            return self._overflow(rows, size_bytes)
         order = self._next_order
         self._next_order = order + 1
         request.queue_order = order
         request.enqueued_ns = now_ns
-        key = request.key if self._policy.batching else None
+        key = request.key if self._batching else None
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group(key)
         self._waiting[order] = group.requests[order] = request
-        group.rows += request.rows
-        self._rows += request.rows
-        self._size_bytes += request.size_bytes
+        group.rows += rows
+        self._rows += rows
+        self._size_bytes += size_bytes
         if request.deadline_ns != NO_DEADLINE:
             heapq.heappush(self._deadlines, (request.deadline_ns, order))
         if self._waits and (group.rows >= self._full_rows or group.rows in self._preferred):
             self._ready.add(group)
         return None
 
-    def _refusal(self, request: R, now_ns: int) -> BatchingError | None:
-        policy = self._policy
-        if not 0 < request.rows <= policy.max_batch_rows:
-            raise ValueError(f"a request must have 1 to {policy.max_batch_rows} rows, got {request.rows}")
-        if self._waiting.get(request.queue_order) is request:
-            raise ValueError("the request waits in this queue already")
-        if self._draining:
-            return Draining()
-        if request.deadline_ns <= now_ns:
-            return DeadlineExpired(request.deadline_ns, now_ns)
-        if policy.max_queue_rows and self._rows + request.rows > policy.max_queue_rows:
-            if request.rows > policy.max_queue_rows:
-                return RequestTooLarge("rows", policy.max_queue_rows, request.rows)
-            return QueueFull("rows", policy.max_queue_rows, self._rows, request.rows)
-        if policy.max_queue_bytes and self._size_bytes + request.size_bytes > policy.max_queue_bytes:
-            if request.size_bytes > policy.max_queue_bytes:
-                return RequestTooLarge("bytes", policy.max_queue_bytes, request.size_bytes)
-            return QueueFull("bytes", policy.max_queue_bytes, self._size_bytes, request.size_bytes)
-        return None
+    def _overflow(self, rows: int, size_bytes: int) -> BatchingError:
+        """Why a request is refused that would take the queue over a bound."""
+        if self._rows + rows > self._max_rows:
+            if rows > self._max_rows:
+                return RequestTooLarge("rows", self._max_rows, rows)
+            return QueueFull("rows", self._max_rows, self._rows, rows)
+        if size_bytes > self._max_bytes:
+            return RequestTooLarge("bytes", self._max_bytes, size_bytes)
+        return QueueFull("bytes", self._max_bytes, self._size_bytes, size_bytes)
 
     def take(self, now_ns: int) -> Taken[R]:
         """The batch to run now, and the requests whose deadline has come; both leave the queue."""
-        expired = self.expire(now_ns)
+        expired = self.expire(now_ns) if self._deadlines else []
         if not self._waiting:
             return Taken([], expired)
         oldest = next(iter(self._waiting.values()))
@@ -205,7 +211,7 @@ class Queue(Generic[R]):
             group = min(self._ready, key=_head_order)
         else:
             # Groups become due by age in the order of their oldest requests, so this one is the first of them.
-            group = self._groups[oldest.key if self._policy.batching else None]
+            group = self._groups[oldest.key if self._batching else None]
         return Taken(self._remove_first(group, self._batch_length(group, overdue)), expired)
 
     def expire(self, now_ns: int) -> list[R]:
@@ -254,7 +260,7 @@ class Queue(Generic[R]):
 
     def _batch_length(self, group: _Group[R], overdue: bool) -> int:
         """How many requests of the group, from its oldest on, are the next batch."""
-        if not self._policy.batching:
+        if not self._batching:
             return 1
         preferred = frozenset() if overdue else self._preferred
         if not preferred and group.rows <= self._policy.max_batch_rows:
@@ -271,7 +277,9 @@ class Queue(Generic[R]):
 
     def _remove_first(self, group: _Group[R], length: int) -> list[R]:
         """Take the oldest `length` requests out of a group."""
-        batch = [request for request, _ in zip(group.requests.values(), range(length), strict=False)]
+        if length == len(self._waiting):
+            return self._remove_all()
+        batch = list(islice(group.requests.values(), length))
         rows = size_bytes = 0
         for request in batch:
             rows += request.rows
@@ -281,9 +289,17 @@ class Queue(Generic[R]):
         self._drop_stale_deadlines()
         return batch
 
+    def _remove_all(self) -> list[R]:
+        """Take out everything that waits, which is the usual batch, at no cost for each request."""
+        batch = list(self._waiting.values())
+        for container in (self._waiting, self._groups, self._ready, self._deadlines):
+            container.clear()
+        self._rows = self._size_bytes = 0
+        return batch
+
     def _remove(self, request: R) -> None:
         """Take one request out, wherever it stands in its group."""
-        group = self._groups[request.key if self._policy.batching else None]
+        group = self._groups[request.key if self._batching else None]
         del self._waiting[request.queue_order], group.requests[request.queue_order]
         self._left(group, request.rows, request.size_bytes)
 

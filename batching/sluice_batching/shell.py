@@ -2,7 +2,7 @@
 
 Locks
 -----
-`BatchQueue._lock` guards every field; both conditions belong to it. Nothing is called with it held except the queue and
+`BatchQueue._lock` guards every field; the condition belongs to it. Nothing is called with it held except the queue and
 the clock, so it may be taken with any other lock held, and callbacks may call anything. The counts (`rows`,
 `size_bytes`, `len`, `draining`, `watched_deadline_ns`) are single fields and are read without it.
 
@@ -48,12 +48,10 @@ class BatchQueue(Generic[R]):
     __slots__ = (
         "_alarm_ns",
         "_clock",
-        "_emptied",
         "_idle_takers",
         "_lock",
         "_on_earlier_deadline",
         "_queue",
-        "_waiting_for_empty",
         "_wake_up_under_way",
         "_watched_deadline_ns",
         "_work",
@@ -63,14 +61,12 @@ class BatchQueue(Generic[R]):
         self._clock = clock
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._emptied = threading.Condition(self._lock)
         self._queue: Queue[R] = Queue(policy)
         self._idle_takers = 0
         self._wake_up_under_way = False
         # The earliest instant at which an idle taker wakes by itself. Too late a value costs a wake-up in vain, and
         # every taker that wakes sets it back, so it is never too early.
         self._alarm_ns = NEVER_NS
-        self._waiting_for_empty = 0
         self._on_earlier_deadline: Callable[[int], None] | None = None
         self._watched_deadline_ns = NOT_WATCHED_NS
 
@@ -142,7 +138,6 @@ class BatchQueue(Generic[R]):
             while True:
                 taken = self._queue.take(now_ns)
                 if taken.batch or taken.expired:
-                    self._something_left()
                     break
                 if self._queue.draining:
                     return None
@@ -156,9 +151,7 @@ class BatchQueue(Generic[R]):
     def cancel(self, request: R) -> bool:
         """Take a request out: True if it was waiting here, and nobody else will answer it; False if it has left."""
         with self._lock:
-            cancelled = self._queue.cancel(request)
-            self._something_left()
-        return cancelled
+            return self._queue.cancel(request)
 
     def expire(self) -> list[R]:
         """The requests whose deadline has come, earliest first; they leave the queue, and the caller answers them."""
@@ -166,7 +159,6 @@ class BatchQueue(Generic[R]):
             expired = self._queue.expire(self._clock())
             if self._on_earlier_deadline is not None:
                 self._watch()
-            self._something_left()
         return expired
 
     def watch_deadlines(self, on_earlier_deadline: Callable[[int], None] | None) -> None:
@@ -188,15 +180,6 @@ class BatchQueue(Generic[R]):
             self._queue.drain()
             self._work.notify_all()
 
-    def wait_empty(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing is queued; False if the timeout came first. Batches that were taken may still run."""
-        with self._lock:
-            self._waiting_for_empty += 1
-            try:
-                return self._emptied.wait_for(lambda: not self._queue, timeout_s)
-            finally:
-                self._waiting_for_empty -= 1
-
     def _wait_for_work(self, give_up_ns: int, now_ns: int) -> None:
         wakeup_ns = self._queue.next_wakeup_ns()
         alarm_ns = give_up_ns if wakeup_ns is None else min(wakeup_ns, give_up_ns)
@@ -216,10 +199,6 @@ class BatchQueue(Generic[R]):
             if wakeup_ns is not None and wakeup_ns < self._alarm_ns:
                 self._wake_up_under_way = True
                 self._work.notify()
-
-    def _something_left(self) -> None:
-        if self._waiting_for_empty and not self._queue:
-            self._emptied.notify_all()
 
     def _watch(self) -> None:
         deadline_ns = self._queue.next_deadline_ns()
