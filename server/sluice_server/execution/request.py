@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice_batching import Request
+from sluice_batching import NEVER_QUEUED, Request
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -29,12 +29,17 @@ class InferRequest(Request):
         request_id: str,
         arrays: dict[str, np.ndarray],
         output_names: tuple[str, ...],
-        *,
         rows: int,
         key: Hashable,
         deadline_ns: int,
     ) -> None:
-        super().__init__(rows, len(call.message), key, deadline_ns)
+        # The parent's fields are set here: calling its `__init__` takes 0.2 us, a tenth of decoding.
+        self.rows = rows
+        self.size_bytes = len(call.message)
+        self.key = key
+        self.deadline_ns = deadline_ns
+        self.enqueued_ns = 0
+        self.queue_order = NEVER_QUEUED
         self.call = call
         self.id = request_id
         self.arrays = arrays

@@ -114,9 +114,7 @@ class KnownHead:
             arrays[name] = np.ndarray(shape, dtype, message, offset)
         request_id = str(memoryview(message)[self._id_start : self._id_stop], "ascii") if self._id_stop else ""
         deadline_ns = deadline_of(call, self._timeout_us) if self._timeout_us else call.deadline_ns
-        return InferRequest(
-            call, request_id, arrays, self._output_names, rows=self._rows, key=self._key, deadline_ns=deadline_ns
-        )
+        return InferRequest(call, request_id, arrays, self._output_names, self._rows, self._key, deadline_ns)
 
 
 class DecodeCache:
