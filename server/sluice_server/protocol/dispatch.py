@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from sluice_server.errors import InvalidArgument, Unavailable, Unimplemented
 from sluice_server.observability.statistics import Outcome
-from sluice_server.protocol.decode import ParsedRequest, decode
+from sluice_server.protocol.decode_cache import DecodeCache
 from sluice_server.protocol.rpcs import SERVICE, name_of, path_of
 from sluice_server.protocol.streams import InferStreams
 from sluice_server.protocol.traced import TracedCall
@@ -57,6 +57,7 @@ class Dispatcher:
         self._tracer = tracer
         self._streams = streams or {}
         self._infer_streams = InferStreams()
+        self._decode_cache = DecodeCache()
 
     @property
     def methods(self) -> dict[str, bool]:
@@ -90,11 +91,11 @@ class Dispatcher:
         if self._tracer is not None:
             call = self._sampled(self._tracer, call)
         try:
-            parsed = ParsedRequest(call.message)
-            model = self._manager.find(parsed.message.model_name, parsed.message.model_version)
+            parsed = self._decode_cache.parse(call.message)
+            model = self._manager.find(parsed.model_name, parsed.model_version)
             if call.sampled:
                 call.describe(model=model.interface.name, version=model.interface.version)
-            request = decode(parsed, model.interface, call)
+            request = self._decode_cache.decode(parsed, model.interface, call)
         except Exception as error:
             if model is not None:
                 model.statistics.record_refused(Outcome.INVALID)
