@@ -1,4 +1,4 @@
-"""Fakes that are passed in: a call that records its end, and a session that holds every run until it may go on."""
+"""Fakes that are passed in: calls and streams that record their ends, and a session that holds every run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sluice_proto.model_config_pb2 import DataType, ModelConfig
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.observability.statistics import ModelStatistics
-from sluice_server.protocol.dispatch import INFER
+from sluice_server.protocol.dispatch import INFER, STREAM_INFER
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
 from sluice_server.status import OK, Status, StatusMapper
-from sluice_server.transport.call import Call
+from sluice_server.transport.call import Call, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,22 +39,24 @@ POLL_S = 0.001
 class RecordingCall(Call):
     """A call without a transport: every end that it is given, in order. The first one releases `wait`."""
 
-    __slots__ = ("_ended", "_metadata", "_peer", "ends")
+    __slots__ = ("_ended", "_metadata", "_peer", "ends", "stream")
 
     def __init__(
         self,
-        message: bytes = b"",
+        message: bytes | None = b"",
         method: str = INFER,
         *,
         deadline_ns: int = NO_DEADLINE,
         metadata: Metadata = (),
         peer: str = "ipv4:127.0.0.1:1",
+        stream: Stream | None = None,
     ) -> None:
         self.method = method
         self.message = message
         self.received_ns = time.monotonic_ns()
         self.deadline_ns = deadline_ns
         self.on_cancel: Callable[[], None] | None = None
+        self.stream = stream
         self.ends: list[tuple[Status, bytes]] = []
         self._ended = threading.Event()
         self._metadata = metadata
@@ -85,6 +87,40 @@ class RecordingCall(Call):
         """The first end; AssertionError when none comes."""
         assert self._ended.wait(PATIENCE_S), "the call was not ended"
         return self.ends[0]
+
+
+class RecordingStream(Stream):
+    """A stream without a transport: everything that is sent, and every end that it is given, in order."""
+
+    __slots__ = ("_metadata", "ends", "sent")
+
+    def __init__(self, method: str = STREAM_INFER, *, metadata: Metadata = ()) -> None:
+        self.method = method
+        self.deadline_ns = NO_DEADLINE
+        self.state = None
+        self.on_cancel: Callable[[], None] | None = None
+        self.sent: list[bytes] = []
+        self.ends: list[Status] = []
+        self._metadata = metadata
+
+    @property
+    def metadata(self) -> Metadata:
+        return self._metadata
+
+    @property
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def message(self, message: bytes | None) -> RecordingCall:
+        """A message of this stream, as a transport hands it up."""
+        return RecordingCall(message, self.method, stream=self)
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        assert not self.ends, "the stream has ended"
+        self.sent.append(b"".join(parts))
+
+    def finish(self, status: Status = OK) -> None:
+        self.ends.append(status)
 
 
 class HeldSession:

@@ -6,8 +6,9 @@ queued and run at once, next to all others. Its answer waits until every earlier
 Invariants of an `InferStream`:
 
 * an answer is sent as soon as it and all earlier ones are there, by the thread that brought the last of them;
-* a request that fails is answered in its turn with `error_message` and its id, and the stream goes on; a client that
-  sent the header `triton_grpc_error: true` gets the failure as the status that ends its stream instead;
+* a request that fails is answered in its turn with `error_message` and its id, and the stream goes on; but the failure
+  is the status that ends the stream when the client sent the header `triton_grpc_error: true`, and when the deadline
+  of the stream is over;
 * after the client's last message, or when the server stops, no request is taken any more, what is due is sent, and
   then the stream ends;
 * when a stream ends before its requests do, those that still wait in a queue are cancelled.
@@ -18,6 +19,7 @@ Invariants of an `InferStream`:
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -65,7 +67,7 @@ _FINAL_MARK = _final_mark()
 class StreamedRequest(Call):
     """One request of a stream, as the rest of the server sees it: a call of its own."""
 
-    __slots__ = ("_owner", "answer", "failure")
+    __slots__ = ("_owner", "answer", "ends_stream")
 
     def __init__(self, owner: InferStream, message: Call) -> None:
         self.method = message.method
@@ -74,7 +76,7 @@ class StreamedRequest(Call):
         self.deadline_ns = message.deadline_ns
         self.on_cancel = None
         self.answer: Sequence[Buffer] | None = None
-        self.failure: Status | None = None
+        self.ends_stream: Status | None = None
         self._owner = owner
 
     @property
@@ -94,26 +96,27 @@ class StreamedRequest(Call):
         size_bytes = 0
         for part in parts:
             size_bytes += len(part)  # type: ignore[arg-type] # every part is bytes, or a view of bytes
-        self._owner.settle(self, [wire.length_delimited(_RESPONSE_FIELD, size_bytes), *parts], None)
+        self._owner.settle(self, [wire.length_delimited(_RESPONSE_FIELD, size_bytes), *parts])
 
     def fail(self, status: Status) -> None:
         """Answer in turn with an error."""
         response = ModelStreamInferResponse(error_message=status.message or status.code.name)
         response.infer_response.id = request_id(self.message)
-        self._owner.settle(self, [response.SerializeToString()], status)
+        ends_stream = self._owner.errors_end_it or time.monotonic_ns() >= self.deadline_ns
+        self._owner.settle(self, [response.SerializeToString()], status if ends_stream else None)
 
 
 class InferStream:
     """One stream in progress: what is due on it, in order."""
 
-    __slots__ = ("_due", "_ends_with", "_errors_end_it", "_is_over", "_lock", "_open_streams", "stream")
+    __slots__ = ("_due", "_ends_with", "_is_over", "_lock", "_open_streams", "errors_end_it", "stream")
 
     def __init__(self, stream: Stream, open_streams: set[InferStream]) -> None:
         """`open_streams` has every stream that has not ended; this one enters itself, and leaves it when it ends."""
         self.stream = stream
         self._due: deque[StreamedRequest] = deque()
         self._ends_with: Status | None = None
-        self._errors_end_it = ERROR_AS_STATUS in stream.metadata
+        self.errors_end_it = ERROR_AS_STATUS in stream.metadata
         self._is_over = False
         self._lock = threading.Lock()
         self._open_streams = open_streams
@@ -132,13 +135,16 @@ class InferStream:
         self._due.append(request)
         return request
 
-    def settle(self, request: StreamedRequest, answer: Sequence[Buffer], failure: Status | None) -> None:
-        """Note a request's answer and send what is due by now; from any thread. A second answer has no effect."""
+    def settle(self, request: StreamedRequest, answer: Sequence[Buffer], ends_stream: Status | None = None) -> None:
+        """Note a request's answer and send what is due by now; from any thread. A second answer has no effect.
+
+        With `ends_stream` the stream ends with that in place of the answer.
+        """
         request.on_cancel = None
         with self._lock:
             if self._is_over or request.answer is not None:
                 return
-            request.answer, request.failure = answer, failure
+            request.answer, request.ends_stream = answer, ends_stream
             unheard = self._send_due()
         if unheard is not None:
             self._end(unheard)
@@ -166,9 +172,9 @@ class InferStream:
         """Send the answers that are there up to the first that is not. When that ends the stream, who is left of it."""
         due, send = self._due, self.stream.send
         while due and (answer := due[0].answer) is not None:
-            failure = due.popleft().failure
-            if failure is not None and self._errors_end_it:
-                self._ends_with = failure
+            ends_with = due.popleft().ends_stream
+            if ends_with is not None:
+                self._ends_with = ends_with
                 return self._leave()
             send(answer)
         return None if due or self._ends_with is None else self._leave()
