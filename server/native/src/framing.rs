@@ -128,9 +128,9 @@ impl Deframer {
         }
     }
 
-    /// Bytes of the incomplete message that are in memory.
+    /// Bytes of the incomplete message that have arrived, its prefix among them; 0 between messages, and only there.
     pub fn held_bytes(&self) -> usize {
-        self.partial.as_ref().map_or(0, |partial| partial.data.len())
+        self.partial.as_ref().map_or(self.prefix_filled, |partial| PREFIX_BYTES + partial.data.len())
     }
 
     /// Takes a prefix off the chunk; None while it is incomplete. A bad prefix stays, and is found bad again.
@@ -234,9 +234,10 @@ mod tests {
         assert_eq!(deframer.finish(), Ok(()));
         deframer.push(Bytes::from_static(&[0, 0]), &mut out).unwrap();
         assert_eq!(deframer.finish(), Err(FramingError::Truncated { missing: 3 }));
+        assert_eq!(deframer.held_bytes(), 2);
         deframer.push(Bytes::from_static(&[0, 0, 10, 1, 2]), &mut out).unwrap();
         assert_eq!(deframer.finish(), Err(FramingError::Truncated { missing: 8 }));
-        assert_eq!(deframer.held_bytes(), 2);
+        assert_eq!(deframer.held_bytes(), PREFIX_BYTES + 2);
         deframer.push(Bytes::from_static(&[0; 8]), &mut out).unwrap();
         assert_eq!((deframer.finish(), deframer.held_bytes(), out.len()), (Ok(()), 0, 1));
     }
@@ -245,7 +246,7 @@ mod tests {
     fn a_prefix_that_claims_four_gigabytes_reserves_a_bounded_part() {
         let mut deframer = Deframer::new(usize::MAX);
         deframer.push(Bytes::from_static(&[0, 255, 255, 255, 255, 1]), &mut VecDeque::new()).unwrap();
-        assert_eq!(deframer.held_bytes(), 1);
+        assert_eq!(deframer.held_bytes(), PREFIX_BYTES + 1);
         assert!(deframer.partial.unwrap().data.capacity() <= RESERVE_BYTES);
     }
 
