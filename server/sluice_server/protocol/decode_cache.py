@@ -155,21 +155,20 @@ class DecodeCache:
         layout = _layout_of(data, parsed, interface)
         if layout is None:
             return
-        length, name = _kind_of(data)
-        kind = (length, bytes(name))  # a view would keep the message
+        kind = _kind_of(data)
         if kind not in self._heads and len(self._heads) >= KINDS_MAX:
             self._heads.clear()
         earlier = self._heads.get(kind, ())
         self._heads[kind] = (KnownHead(layout, parsed, interface, request), *earlier[: HEADS_PER_KIND_MAX - 1])
 
 
-def _kind_of(data: bytes | memoryview) -> tuple[int, Any]:
+def _kind_of(data: bytes | memoryview) -> tuple[int, bytes]:
     """What is cheap to read and tells most heads apart: the length, and the first field, which is the model's name.
 
     It is just some of the bytes when the name has 128 or more, or when something else comes first.
     """
-    length = len(data)
-    return (length, data[: data[1] + 2]) if length > 1 else (length, b"")
+    first = data[: data[1] + 2] if len(data) > 1 else b""
+    return (len(data), first if isinstance(first, bytes) else bytes(first))
 
 
 def _layout_of(data: memoryview, parsed: ParsedRequest, interface: ModelInterface) -> _Layout | None:
