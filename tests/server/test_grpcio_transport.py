@@ -1,15 +1,17 @@
-"""Whether the grpcio transport ends each call exactly once when ends and leaving clients cross."""
+"""Whether the grpcio transport ends each call and stream exactly once when ends and leaving clients cross."""
 
 from __future__ import annotations
 
+import queue
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
 from sluice_server.status import Code, Status
+from sluice_server.transport.call import STREAM_AHEAD
 from sluice_server.transport.grpcio import GrpcioTransport
 from sluice_server.transport.options import TransportOptions
 from support.fakes import PATIENCE_S, RecordingCall, eventually
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from sluice_server.transport.call import Call
 
-ASK = "/test.Questions/Ask"
+ASK, TALK = "/test.Questions/Ask", "/test.Questions/Talk"
 
 
 class Handler:
@@ -37,12 +39,12 @@ class Handler:
     def wait_for(self, count: int) -> list[Call]:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.calls) >= count, PATIENCE_S)
-            return sorted(self.calls, key=lambda call: call.message)
+            return sorted(self.calls, key=lambda call: call.message or b"")
 
 
 @contextmanager
 def serving(handler: Handler) -> Iterator[tuple[GrpcioTransport, grpc.Channel]]:
-    transport = GrpcioTransport(handler, {ASK: False}, TransportOptions("127.0.0.1:0"))
+    transport = GrpcioTransport(handler, {ASK: False, TALK: True}, TransportOptions("127.0.0.1:0"))
     transport.start()
     with grpc.insecure_channel(transport.endpoints[0]) as channel:
         yield transport, channel
@@ -179,3 +181,126 @@ def test_calls_ended_from_many_threads_at_once_are_all_answered(no_errors_logged
         for thread in threads:
             thread.join()
         assert transport.outcomes() == {(ASK, Code.OK): count}
+
+
+class Talk:
+    """A stream from the client's side: `say` sends, and `hear` waits for the next message."""
+
+    def __init__(self, channel: grpc.Channel, timeout_s: float | None = PATIENCE_S) -> None:
+        self._said: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.call = channel.stream_stream(TALK)(iter(self._said.get, None), timeout=timeout_s)
+
+    def say(self, *messages: bytes | None) -> None:
+        for message in messages:
+            self._said.put(message)
+
+    def hear(self) -> bytes:
+        message: bytes = next(self.call)
+        return message
+
+    def end(self) -> tuple[grpc.StatusCode, str]:
+        """How the stream ends; nothing more may come before that."""
+        with suppress(grpc.RpcError):
+            raise AssertionError(next(self.call, None) or "the stream has ended with OK")
+        self.say(None)
+        return self.call.code(), self.call.details()
+
+
+def test_the_messages_of_a_stream_are_calls_of_one_stream_and_none_is_the_last(no_errors_logged):
+    handler = Handler()
+    with serving(handler) as (transport, channel):
+        talk = Talk(channel)
+        talk.say(b"1", b"2", None)
+        handler.wait_for(3)
+        assert [call.message for call in handler.calls] == [b"1", b"2", None]
+        (stream,) = {call.stream for call in handler.calls}
+        assert (stream.method, stream.state) == (TALK, None)
+        assert {call.deadline_ns for call in handler.calls} == {stream.deadline_ns}
+        assert stream.peer.startswith("ipv4:127.0.0.1:")
+        stream.send([b"in ", b"parts"])
+        handler.calls[0].reply([b"as a reply"])
+        stream.finish()
+        stream.send([b"too late"])
+        stream.finish(Status(Code.INTERNAL, "too late"))
+        assert list(talk.call) == [b"in parts", b"as a reply"]
+        assert talk.call.code() is grpc.StatusCode.OK
+        eventually(lambda: not transport._open, "nothing is open")
+        assert transport.outcomes() == {(TALK, Code.OK): 1}
+
+
+def test_a_stream_can_be_ended_by_the_server_at_any_time_behind_what_was_sent(no_errors_logged):
+    handler = Handler()
+    with serving(handler) as (transport, channel):
+        talk = Talk(channel)
+        talk.say(b"1")
+        (call,) = handler.wait_for(1)
+        call.stream.send([b"last words"])
+        call.fail(Status(Code.NOT_FOUND, "100 % of\nit"))
+        assert talk.hear() == b"last words"
+        assert talk.end() == (grpc.StatusCode.NOT_FOUND, "100 % of\nit")
+        assert transport.outcomes() == {(TALK, Code.NOT_FOUND): 1}
+
+
+def test_a_stream_whose_client_cancels_is_told_of_once(no_errors_logged):
+    handler = Handler()
+    told = threading.Semaphore(0)
+    with serving(handler) as (transport, channel):
+        talk = Talk(channel)
+        talk.say(b"1")
+        (call,) = handler.wait_for(1)
+        call.stream.on_cancel = told.release
+        talk.call.cancel()
+        assert told.acquire(timeout=PATIENCE_S)
+        call.stream.send([b"too late"])
+        call.stream.finish()
+        assert transport.outcomes() == {(TALK, Code.CANCELLED): 1}
+        assert [each.message for each in handler.calls] == [b"1"]
+        talk.say(None)
+    assert not told.acquire(blocking=False)
+
+
+def test_a_stream_has_a_deadline_and_ends_with_it(no_errors_logged):
+    handler = Handler()
+    told = threading.Semaphore(0)
+    with serving(handler) as (transport, channel):
+        talk = Talk(channel, timeout_s=0.15)
+        talk.say(b"1")
+        (call,) = handler.wait_for(1)
+        assert 0 < call.deadline_ns - call.received_ns <= 151_000_000
+        call.stream.on_cancel = told.release
+        assert told.acquire(timeout=PATIENCE_S)
+        assert talk.end()[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert set(transport.outcomes()) <= {(TALK, Code.DEADLINE_EXCEEDED), (TALK, Code.CANCELLED)}
+
+
+def test_messages_stay_unread_while_too_many_are_unanswered(no_errors_logged):
+    handler = Handler()
+    count = STREAM_AHEAD + 100
+    with serving(handler) as (_, channel):
+        talk = Talk(channel)
+        talk.say(*(b"%04d" % number for number in range(count)))
+        first = handler.wait_for(STREAM_AHEAD)[0]
+        other = ask(channel, b"other")
+        handler.wait_for(STREAM_AHEAD + 1)
+        other.cancel()
+        assert sum(call.stream is not None for call in handler.calls) == STREAM_AHEAD
+        for number in range(count):
+            first.stream.send([b"%04d" % number])
+        assert [talk.hear() for _ in range(count)] == [b"%04d" % number for number in range(count)]
+        handler.wait_for(count + 1)
+        first.stream.finish()
+        talk.say(None)
+        assert list(talk.call) == []
+
+
+def test_a_stream_that_is_open_at_the_end_of_the_grace_gets_a_status(no_errors_logged):
+    handler = Handler()
+    with serving(handler) as (transport, channel):
+        talk = Talk(channel)
+        talk.say(b"1")
+        handler.wait_for(1)
+        transport.stop(0.1)
+        code, details = talk.end()
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert "has shut down" in details
+        assert transport.outcomes() == {(TALK, Code.UNAVAILABLE): 1}
