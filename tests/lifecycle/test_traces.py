@@ -13,6 +13,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from sluice_proto import grpc_service_pb2 as pb
 from support import models
+from support.conversation import Conversation
 from support.fakes import PATIENCE_S, eventually, held
 from support.otlp import Collector, attributes_of, collecting
 from support.requests import infer_request
@@ -148,3 +149,19 @@ def test_only_inference_is_traced(traced):
             server.call(method, b"")
         begin(server, 1, parent(7)).result()
     assert {span.trace_id for span in collector.all_spans} == {(7).to_bytes(16)}
+
+
+def test_each_request_of_a_stream_has_a_span_of_its_own_below_the_callers(traced):
+    with traced() as (server, collector):
+        stream = Conversation(server, metadata=[parent(7)])
+        for index in (1, 2):
+            stream.say(infer_request("picky", {"INDEX": np.array([[index]], np.int64)}))
+        stream.say(infer_request("nope", {}))
+        assert [bool(stream.hear().error_message) for _ in range(3)] == [False, False, True]
+        assert stream.end() is grpc.StatusCode.OK
+    spans = [span for span in collector.all_spans if span.trace_id == (7).to_bytes(16)]
+    requests = [span for span in spans if span.parent_span_id == (7).to_bytes(8)]
+    assert {span.name for span in requests} == {f"{SERVICE.full_name}/ModelStreamInfer"}
+    codes = sorted(attributes_of(span.attributes)["rpc.grpc.status_code"] for span in requests)
+    assert codes == [0, 0, grpc.StatusCode.NOT_FOUND.value[0]]
+    assert sorted(span.name for span in spans if span not in requests) == ["compute", "compute", "queue", "queue"]

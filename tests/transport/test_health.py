@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import grpc
@@ -12,9 +13,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sluice_proto import grpc_service_pb2 as pb
+from sluice_server.protocol.health import WATCH, Health
 from sluice_server.repository.manager import ControlMode
+from sluice_server.status import OK, Code
 from support import models
-from support.fakes import PATIENCE_S
+from support.fakes import PATIENCE_S, RecordingStream, eventually
 from support.server import SERVICE, RunningServer, running, server_settings
 
 if TYPE_CHECKING:
@@ -166,3 +169,60 @@ def test_the_end_of_the_server_is_seen_and_no_watch_holds_it(transport, reposito
     assert [watcher.next() for watcher in watchers] == [grpc.StatusCode.OK] * 4
     for watcher in watchers:
         watcher.leave()
+
+
+def test_every_watcher_of_a_name_hears_of_each_change(server, watch):
+    watchers = [watch("other") for _ in range(3)]
+    assert [watcher.next() for watcher in watchers] == [UNKNOWN] * 3
+    for change, status in ((load, SERVING), (unload, NOT_SERVING)):
+        change(server, "other")
+        assert [watcher.next() for watcher in watchers] == [status] * 3
+
+
+@pytest.mark.parametrize("messages", [[], [b"\xff"], [b"\xff", b""]])
+def test_a_watch_needs_a_request_that_can_be_read(messages, server):
+    call = server.channel.stream_stream("/grpc.health.v1.Health/Watch")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call(iter(messages), timeout=PATIENCE_S))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_watchers_that_have_left_are_forgotten(server, watch):
+    for _ in range(5):
+        watcher = watch("other")
+        assert watcher.next() == UNKNOWN
+        watcher.leave()
+    eventually(lambda: not server.server._health._watches, "no watch is left")
+
+
+def test_health_calls_are_counted_as_every_call_is(server, watch):
+    check(server, "")
+    watcher = watch("good")
+    assert watcher.next() == SERVING
+    watcher.leave()
+    wanted = {("/grpc.health.v1.Health/Check", Code.OK): 1, ("/grpc.health.v1.Health/Watch", Code.CANCELLED): 1}
+    eventually(lambda: server.server.transport.outcomes() == wanted, "both are counted")
+
+
+def test_statuses_set_from_many_threads_are_seen_in_one_order_by_all():
+    health, streams = Health(), [RecordingStream(WATCH) for _ in range(4)]
+    request = health_pb2.HealthCheckRequest(service="model").SerializeToString()
+    for stream in streams:
+        health.watch(stream.message(request))
+    begin = threading.Barrier(4)
+
+    def change() -> None:
+        begin.wait()
+        for number in range(500):
+            health.set_serving("model", serving=number % 2 == 0)
+
+    threads = [threading.Thread(target=change) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    health.stop()
+    statuses = [health_pb2.HealthCheckResponse.FromString(message).status for message in streams[0].sent]
+    assert statuses[0] == UNKNOWN
+    assert all(before != after for before, after in pairwise(statuses))
+    assert all(stream.sent == streams[0].sent and stream.ends == [OK] for stream in streams)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import grpc
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from support import models
 from support.fakes import PATIENCE_S
@@ -91,3 +95,49 @@ def test_other_symbols_are_found_too(symbol, server):
 def test_what_is_not_there_is_an_error_in_the_answer(question, server):
     error = ask(server, **question).error_response
     assert error.error_code == grpc.StatusCode.NOT_FOUND.value[0]
+
+
+def test_the_librarys_own_client_makes_a_pool_of_it(server):
+    database = ProtoReflectionDescriptorDatabase(server.channel)
+    assert set(database.get_services()) == {SERVICE.full_name, HEALTH, REFLECTION}
+    pool = descriptor_pool.DescriptorPool(database)
+    service = pool.FindServiceByName(SERVICE.full_name)
+    assert [method.name for method in service.methods] == [method.name for method in SERVICE.methods]
+    assert pool.FindServiceByName(HEALTH).FindMethodByName("Watch").server_streaming
+
+
+def test_many_questions_on_one_stream_are_answered_in_order(server):
+    stub = reflection_pb2_grpc.ServerReflectionStub(server.channel)
+    questions = [
+        reflection_pb2.ServerReflectionRequest(file_by_filename=name)
+        for name in ("health.proto", "nope")
+        for _ in "123"
+    ]
+    answers = stub.ServerReflectionInfo(iter(questions), timeout=PATIENCE_S)
+    assert [answer.original_request for answer in answers] == questions
+
+
+def test_a_question_that_cannot_be_read_ends_its_stream_and_no_other(server):
+    call = server.channel.stream_stream(f"/{REFLECTION}/ServerReflectionInfo")
+    with pytest.raises(grpc.RpcError, match="1 bytes of the request") as caught:
+        list(call(iter([b"\xff", b"\xff"]), timeout=PATIENCE_S))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert ask(server, list_services="")
+
+
+def test_a_stream_that_stays_open_does_not_hold_the_end_of_the_server(transport, tmp_path):
+    settings = server_settings(tmp_path, http=None, metrics=None, exit_timeout_s=2 * PATIENCE_S)
+    with running(settings, transport) as server:
+        over = threading.Event()
+
+        def questions():
+            yield reflection_pb2.ServerReflectionRequest(list_services="")
+            over.wait(PATIENCE_S)
+
+        answers = reflection_pb2_grpc.ServerReflectionStub(server.channel).ServerReflectionInfo(questions())
+        assert next(answers).list_services_response.service
+        begun = time.monotonic()
+        server.server.stop()
+        assert time.monotonic() - begun < PATIENCE_S
+        assert answers.code() is grpc.StatusCode.UNAVAILABLE
+        over.set()
