@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from support.server import TRANSPORTS, RunningServer, running, server_settings
+from support.server import TRANSPORTS, RunningServer, need, running, server_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def transport(request: pytest.FixtureRequest) -> str:
     """Every transport by name: a test that asks for it, or for a server, runs once on each."""
     name: str = request.param
+    need(name)
     return name
 
 

@@ -32,7 +32,9 @@ from sluice_server.repository.manager import ModelManager
 from sluice_server.security.control import ControlPolicy
 from sluice_server.status import StatusMapper
 from sluice_server.transport.certificates import check_tls
+from sluice_server.transport.choice import TransportChoice, TransportUnavailable, choose, native_problem
 from sluice_server.transport.grpcio import GrpcioTransport
+from sluice_server.transport.native import NativeTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from sluice_server.settings import HttpSettings, ServerSettings
+    from sluice_server.transport import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +100,25 @@ class Server:
             self._tracer,
             streams={health.WATCH: self._health.watch, reflection.INFO: self._reflection.answer},
         )
-        if settings.grpc.tls is not None:
-            check_tls(settings.grpc.tls)
-        self.transport = GrpcioTransport(self._dispatcher, self._dispatcher.methods, settings.grpc)
+        self.transport = self._create_transport()
         rest = rest_app(self.manager, identity, EXTENSIONS, to_status)
         self._rest = _listener(rest, settings.http)
         self._metrics = _listener(metrics_app(self.render_metrics), settings.metrics)
         self._http = HttpServer([listener for listener in (self._rest, self._metrics) if listener is not None])
+
+    def _create_transport(self) -> Transport:
+        settings = self._settings
+        problem = "" if settings.transport is TransportChoice.GRPCIO else native_problem(self._version)
+        try:
+            chosen = choose(settings.transport, problem, settings.native_flags)
+        except TransportUnavailable as error:
+            raise StartError(str(error)) from error
+        if chosen.notice:
+            logger.warning(chosen.notice)
+        if settings.grpc.tls is not None:
+            check_tls(settings.grpc.tls)
+        kind = NativeTransport if chosen.name == TransportChoice.NATIVE else GrpcioTransport
+        return kind(self._dispatcher, self._dispatcher.methods, settings.grpc)
 
     @property
     def http_port(self) -> int:

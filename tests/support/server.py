@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import pytest
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
@@ -14,10 +17,11 @@ from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.lifecycle import Server
 from sluice_server.observability.logs import LogOptions
 from sluice_server.settings import HttpSettings, ModelSettings, ServerSettings
+from sluice_server.transport.choice import TransportChoice, native_problem
 from sluice_server.transport.options import TransportOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from sluice_server.execution.model import ServedModel
@@ -29,8 +33,8 @@ CALL_TIMEOUT_S = 30.0
 
 CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
-TRANSPORTS: Mapping[str, Callable[[ServerSettings], ServerSettings]] = {"grpcio": lambda settings: settings}
-"""Every transport by its name, and what the settings are that choose it; a new one joins the tests here."""
+TRANSPORTS = (TransportChoice.GRPCIO, TransportChoice.NATIVE)
+"""Every transport by its name; a new one joins the tests here."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 
@@ -46,6 +50,15 @@ def server_settings(*repositories: Path, models: Mapping[str, Any] | None = None
         exit_timeout_s=10.0,
     )
     return replace(settings, **changes)
+
+
+def need(transport: str) -> None:
+    """Skip the test, with the reason, where this transport cannot run; with CI=true that is a failure."""
+    problem = native_problem(importlib.metadata.version("sluice")) if transport == TransportChoice.NATIVE else ""
+    if problem and os.environ.get("CI") == "true":
+        pytest.fail(f"CI=true, and there is no native transport: {problem}")
+    if problem:
+        pytest.skip(f"no native transport: {problem}")
 
 
 class RunningServer:
@@ -105,7 +118,7 @@ def running(
     settings: ServerSettings, transport: str, environ: Mapping[str, str] | None = None
 ) -> Iterator[RunningServer]:
     """A started server on one of the TRANSPORTS; stopped at the end."""
-    server = Server(TRANSPORTS[transport](settings), environ or {})
+    server = Server(replace(settings, transport=TransportChoice(transport)), environ or {})
     try:
         server.start()
     except BaseException:

@@ -31,9 +31,9 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
 
 
 def reason(error: OSError) -> str:
-    """What the system says, without the address that Python adds to it."""
+    """What the system says, without the address that Python adds to it, or the number that Rust does."""
     if isinstance(error, socket.gaierror) or error.errno is None:
-        return (error.strerror or str(error)).partition(" (while ")[0]
+        return (error.strerror or str(error)).partition(" (while ")[0].partition(" (os error ")[0]
     return os.strerror(error.errno)
 
 
