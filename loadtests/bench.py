@@ -1,9 +1,9 @@
-"""The benchmark: `python -m loadtests.bench` measures our server and its peers side by side and prints one table.
+"""The benchmark: `python -m loadtests.bench` measures our server and its peers side by side, and what goals are met.
 
-Peers: a bare grpcio asyncio echo of the same bytes, and a bare ONNX Runtime loop with the same threads and its best
-batch size. Each server runs in a process of its own; what it costs is the CPU time of that process. All measurements
-take turns in several rounds, and the table shows medians. Exit codes: 0 measured, 1 not measured (or, with --strict, a
-goal is missed), 2 wrong command line.
+Our server runs on each of its transports. Peers: a bare grpcio asyncio echo of the same bytes, and a bare ONNX Runtime
+loop with the same threads and its best batch size. Each server runs in a process of its own; what it costs is the CPU
+time of that process. All measurements take turns in several rounds, and the tables show medians. Exit codes: 0
+measured, 1 not measured (or, with --strict, a goal is missed), 2 wrong command line.
 """
 
 import argparse
@@ -11,102 +11,108 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from loadtests import h2load, machine, processes, table
-from loadtests.h2load import Load, LoadError
-from loadtests.models import GENERATORS, BenchModel, generate
-from loadtests.peers import EchoMeasurement, LoopMeasurement, Measurement, Sample, SluiceMeasurement
-from loadtests.processes import ServerFailed
+from loadtests.h2load import LoadError
+from loadtests.models import BenchModel, generate
+from loadtests.peers import (
+    ECHO,
+    GRPCIO,
+    NATIVE,
+    EchoMeasurement,
+    LoopMeasurement,
+    Measurement,
+    Sample,
+    SluiceMeasurement,
+)
+from loadtests.plan import BASE, MEMORY, PARTS, QUICK, Case, Plan
+from loadtests.processes import ServerFailed, ServerProcess
 from loadtests.procfs import read_rss_bytes
 from loadtests.results import Goal, Memory, Row, goals
+from sluice_server.open_files import raise_limit
+from sluice_server.transport.choice import TransportChoice, native_problem
 
-LOADS = {
-    "identity": (Load(2, 16),),
-    "digits_mlp": (Load(2, 16),),
-    "large_mlp": (Load(4, 16), Load(4, 25)),
-}
-"""For each model, how many connections with how many streams each."""
+FLAGS = {GRPCIO: TransportChoice.GRPCIO, NATIVE: TransportChoice.NATIVE}
+"""What --transport is for each of ours."""
 
 RESULTS = Path(__file__).with_name("results") / "latest.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How much is measured."""
-
-    models: tuple[str, ...]
-    rounds: int = 5
-    round_s: float = 2.5
-    trial_s: float = 0.5
-    """Each trial before the rounds: the request rate of a server, a batch size of the bare loop."""
-    soak_warmup_requests: int = 10_000
-    soak_requests: int = 100_000
-
-
-FULL = Plan(tuple(GENERATORS))
-
-QUICK = Plan(("identity",), rounds=1, round_s=0.3, trial_s=0.05, soak_warmup_requests=200, soak_requests=500)
-"""Enough to see that everything works; its figures mean nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and give the exit code."""
     args = _parser().parse_args(argv)
-    plan = QUICK if args.quick else Plan(tuple(args.models), args.rounds, args.seconds)
+    plan = _plan(args)
+    problem = native_problem(version("sluice"))
+    if problem:
+        _say(f"the native transport is not measured: {problem}")
+    transports = [GRPCIO] if problem else [GRPCIO, NATIVE]
     try:
         h2load.find()
+        raise_limit()  # for the connections of h2load, a child
         facts = machine.describe()
         if not machine.is_quiet():
             _say(f"this machine is busy (load: {facts['load']}); the figures will be worse than they should be")
         with tempfile.TemporaryDirectory(prefix="sluice-bench-") as scratch:
-            rows = measure_table(plan, Path(scratch))
-            memory = measure_memory(plan, Path(scratch))
+            rows = measure_table(plan.cases(transports), plan, Path(scratch))
+            memories = measure_memory(transports, plan, Path(scratch)) if MEMORY in plan.parts else []
     except (LoadError, ServerFailed) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    found = goals(rows, memory)
-    for text in (table.render_rows(rows), table.render_memory(memory), table.render_goals(found)):
-        print(f"{text}\n")
-    print(table.render_machine(facts))
+    found = goals(rows, memories)
+    print(table.render_report(rows, memories, found, facts))
     if args.json:
-        write_json(args.json, facts, plan, rows, memory, found)
-    return int(args.strict and not all(goal.is_met for goal in found))
+        write_json(args.json, facts, plan, rows, memories, found)
+    return int(args.strict and (bool(problem) or not all(goal.is_met for goal in found)))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", choices=FULL.models, default=FULL.models, metavar="NAME",
-        help=", ".join(FULL.models))  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=FULL.rounds, help="(%(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=FULL.round_s, help="of each measurement in a round (%(default)s)"
-    )
-    parser.add_argument("--quick", action="store_true", help="a second's run that only shows that all works")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 when a goal is missed")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
+    parser.add_argument("--rounds", type=int, help="(5)")
+    parser.add_argument("--seconds", type=float, help="of each measurement in a round (2.5)")
+    parser.add_argument("--quick", action="store_true", help="one short round and less memory: about two minutes")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 when a goal is missed or not measured")
     parser.add_argument("--json", type=Path, nargs="?", const=RESULTS, metavar="FILE",
         help="write the results there too (loadtests/results/latest.json)")  # fmt: skip
     return parser
 
 
-def measure_table(plan: Plan, scratch: Path) -> list[Row]:
-    """Measure each model with each peer, in turns."""
-    _say(f"generating {', '.join(plan.models)}")
+def _plan(args: argparse.Namespace) -> Plan:
+    given = {"parts": args.parts and tuple(args.parts), "rounds": args.rounds, "round_s": args.seconds}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return replace(QUICK if args.quick else Plan(), **changes)
+
+
+def measure_table(cases: Sequence[Case], plan: Plan, scratch: Path) -> list[Row]:
+    """Measure each case, in turns."""
+    if not cases:
+        return []
+    names = list(dict.fromkeys(case.model for case in cases))
+    _say(f"generating {', '.join(names)}")
     repository = scratch / "models"
-    models = [generate(name, repository) for name in plan.models]
+    models = {name: generate(name, repository) for name in names}
     with ExitStack() as stack:
-        ours = stack.enter_context(processes.sluice(repository, scratch))
-        echo = stack.enter_context(processes.echo(scratch))
-        measurements: list[Measurement] = []
-        for model in models:
-            for load in LOADS[model.name]:
-                measurements.append(SluiceMeasurement(model, ours, load, scratch))
-                measurements.append(EchoMeasurement(model, echo, load, scratch))
-            measurements.append(LoopMeasurement(model))
-        return take_turns(measurements, plan)
+        servers = {
+            who: stack.enter_context(processes.sluice(repository, scratch, flag))
+            for who, flag in FLAGS.items()
+            if any(case.who == who for case in cases)
+        }
+        servers[ECHO] = stack.enter_context(processes.echo(scratch))
+        return take_turns([_measurement(case, models[case.model], servers, scratch) for case in cases], plan)
+
+
+def _measurement(case: Case, model: BenchModel, servers: Mapping[str, ServerProcess], scratch: Path) -> Measurement:
+    if case.load is None:
+        return LoopMeasurement(model)
+    server = servers[case.who]
+    if case.who == ECHO:
+        return EchoMeasurement(model, server, case.load, scratch)
+    return SluiceMeasurement(case.who, model, server, case.load, scratch)
 
 
 def take_turns(measurements: Sequence[Measurement], plan: Plan) -> list[Row]:
@@ -128,28 +134,38 @@ def take_turns(measurements: Sequence[Measurement], plan: Plan) -> list[Row]:
     ]
 
 
-def measure_memory(plan: Plan, scratch: Path) -> Memory:
-    """Send many requests in a row to a server of its own, whose memory is not hidden behind large weights."""
+def measure_memory(transports: Sequence[str], plan: Plan, scratch: Path) -> list[Memory]:
+    """Send many requests in a row to servers of their own, whose memory is not hidden behind large weights."""
     repository = scratch / "soak"
-    model: BenchModel = generate("identity", repository)
-    with processes.sluice(repository, scratch) as server:
-        measurement = SluiceMeasurement(model, server, LOADS["identity"][0], scratch)
-        _say(f"memory: {plan.soak_warmup_requests:,} requests to warm up, then {plan.soak_requests:,}")
-        measurement.send(plan.soak_warmup_requests)
-        before_bytes = read_rss_bytes(server.pid)
-        measurement.send(plan.soak_requests)
-        return Memory(plan.soak_requests, before_bytes, read_rss_bytes(server.pid))
+    model = generate("identity", repository)
+    found = []
+    for who, requests in plan.soak_requests:
+        if who not in transports:
+            continue
+        with processes.sluice(repository, scratch, FLAGS[who]) as server:
+            measurement = SluiceMeasurement(who, model, server, BASE, scratch)
+            _say(f"memory, {who}: {plan.soak_warmup_requests:,} requests to warm up, then {requests:,}")
+            measurement.send(plan.soak_warmup_requests)
+            before_bytes = read_rss_bytes(server.pid)
+            measurement.send(requests)
+            found.append(Memory(who, requests, before_bytes, read_rss_bytes(server.pid)))
+    return found
 
 
 def write_json(
-    path: Path, facts: dict[str, str], plan: Plan, rows: Sequence[Row], memory: Memory, found: Sequence[Goal]
+    path: Path,
+    facts: dict[str, str],
+    plan: Plan,
+    rows: Sequence[Row],
+    memories: Sequence[Memory],
+    found: Sequence[Goal],
 ) -> None:
     """Write everything that was measured."""
     content = {
         "machine": facts,
         "plan": asdict(plan),
         "rows": [asdict(row) | {"samples": [_json_sample(sample) for sample in row.samples]} for row in rows],
-        "memory": asdict(memory) | {"growth": memory.growth},
+        "memory": [asdict(memory) | {"ratio": memory.ratio} for memory in memories],
         "goals": [asdict(goal) | {"is_met": goal.is_met} for goal in found],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

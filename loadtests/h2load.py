@@ -37,6 +37,9 @@ class Load:
     connections: int
     streams: int
 
+    def __str__(self) -> str:
+        return f"{self.in_flight} ({self.connections} x {self.streams})"
+
     @property
     def in_flight(self) -> int:
         """Requests that wait for an answer at any time."""

@@ -3,12 +3,12 @@
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from loadtests import h2load
 from loadtests.procfs import PROC, cpu_model
 
-PACKAGES = ("sluice", "grpcio", "onnxruntime", "protobuf", "numpy")
+PACKAGES = ("sluice", "sluice-native", "grpcio", "onnxruntime", "protobuf", "numpy")
 
 QUIET_LOAD = 0.5
 """Runnable processes on average, before we start; above it, others take part in what is measured."""
@@ -21,7 +21,7 @@ def describe() -> dict[str, str]:
         "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
         "load": f"{_load():.2f} on average over the last minute, before the start",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "generator": _h2load_version(),
     }
 
@@ -29,6 +29,13 @@ def describe() -> dict[str, str]:
 def is_quiet() -> bool:
     """Whether nothing else seems to run here."""
     return _load() <= QUIET_LOAD
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def _load() -> float:

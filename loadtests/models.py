@@ -24,6 +24,7 @@ IR_VERSION = 8
 SEED = 0
 THREADS = 1
 LARGE_LAYERS = (1024, 4096, 4096, 1000)
+IMAGE = (3, 224, 224)
 DEMO_DIGITS = Path(__file__).resolve().parents[1] / "deploy" / "models" / "digits_mlp"
 
 _THREADS_TEXT = f"""
@@ -62,6 +63,16 @@ def _identity(directory: Path) -> BenchModel:
     )
     _write(directory, graph, max_batch_rows)
     return _bench_model(directory, "identity 1x16", max_batch_rows, _random_rows(columns))
+
+
+def _images(directory: Path) -> BenchModel:
+    """Pictures as image models take them, 600 KB each, unchanged: what carrying large tensors costs."""
+    max_batch_rows = 8
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["X"], ["Y"])], "images", [_tensor("X", *IMAGE)], [_tensor("Y", *IMAGE)]
+    )
+    _write(directory, graph, max_batch_rows)
+    return _bench_model(directory, "identity " + "x".join(map(str, (1, *IMAGE))), max_batch_rows, _random_rows(*IMAGE))
 
 
 def _digits_mlp(directory: Path) -> BenchModel:
@@ -103,15 +114,16 @@ GENERATORS: dict[str, Callable[[Path], BenchModel]] = {
     "identity": _identity,
     "digits_mlp": _digits_mlp,
     "large_mlp": _large_mlp,
+    "images": _images,
 }
 
 
-def _random_rows(columns: int) -> NDArray[np.float32]:
-    return np.random.default_rng(SEED).random((1, columns), np.float32)
+def _random_rows(*dims: int) -> NDArray[np.float32]:
+    return np.random.default_rng(SEED).random((1, *dims), np.float32)
 
 
-def _tensor(name: str, columns: int) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", columns])
+def _tensor(name: str, *dims: int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", *dims])
 
 
 def _write(directory: Path, graph: onnx.GraphProto, max_batch_rows: int) -> None:

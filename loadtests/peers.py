@@ -1,7 +1,7 @@
 """What is measured side by side: our server, the bare grpcio echo, and the bare ONNX Runtime loop.
 
-The first two are servers, loaded by h2load. Before each load one real call checks the answer; after it, the lengths
-of the answers and, for our server, ModelStatistics must say that every request succeeded.
+The first two are servers, loaded by h2load. Before and after each load one real call checks the answer; the lengths of
+all answers and, for our server, ModelStatistics must say that every request in between succeeded.
 """
 
 import json
@@ -22,7 +22,8 @@ from loadtests.processes import ServerProcess
 from loadtests.procfs import read_cpu_s
 from sluice_client import Client
 
-SLUICE = "sluice on grpcio"
+GRPCIO = "sluice on grpcio"
+NATIVE = "sluice on native"
 ECHO = "bare grpcio echo"
 LOOP = "bare ONNX Runtime loop"
 
@@ -71,7 +72,7 @@ class ServerMeasurement(Measurement):
     def __init__(self, model: BenchModel, server: ServerProcess, load: Load, scratch: Path) -> None:
         self.model = model
         self.in_flight = load.in_flight
-        self.load = f"{load.in_flight} ({load.connections} x {load.streams})"
+        self.load = str(load)
         self._server = server
         self._load = load
         self._scratch = scratch
@@ -91,12 +92,12 @@ class ServerMeasurement(Measurement):
         """Send at least this many requests, equally many over each stream."""
         count = math.ceil(requests / self._load.in_flight) * self._load.in_flight
         before = self.counters()
-        reply = probe(self._server.port, self.model)
-        self.check_reply(reply)
+        reply = self._probe()
         cpu_started_s = read_cpu_s(self._server.pid)
         done = h2load.run(self._server.port, METHOD, self.model.request, len(reply), self._load, count, self._scratch)
         cpu_s = read_cpu_s(self._server.pid) - cpu_started_s
-        mean_batch_rows = mean_batch(before, self.counters(), requests=count + 1)  # the probe is a request too
+        self._probe()
+        mean_batch_rows = mean_batch(before, self.counters(), requests=count + 2)  # the probes are requests too
         return Sample(
             requests_per_s=count / done.elapsed_s,
             cpu_us_per_request=cpu_s / count * 1e6,
@@ -105,6 +106,11 @@ class ServerMeasurement(Measurement):
             mean_batch_rows=mean_batch_rows,
             generator_cpu_us_per_request=done.generator_cpu_s / count * 1e6,
         )
+
+    def _probe(self) -> bytes:
+        reply = probe(self._server.port, self.model)
+        self.check_reply(reply)
+        return reply
 
     @abstractmethod
     def check_reply(self, reply: bytes) -> None:
@@ -137,15 +143,17 @@ def mean_batch(before: Counters | None, after: Counters | None, requests: int) -
 
 def probe(port: int, model: BenchModel) -> bytes:
     """The answer to the very bytes that h2load will send, from grpcio as the client."""
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.max_receive_message_length", -1)]) as channel:
         reply: bytes = channel.unary_unary(f"/{METHOD}")(model.request, timeout=30)
         return reply
 
 
 class SluiceMeasurement(ServerMeasurement):
-    """Our server on grpcio."""
+    """Our server, on one of its transports."""
 
-    who = SLUICE
+    def __init__(self, who: str, model: BenchModel, server: ServerProcess, load: Load, scratch: Path) -> None:
+        super().__init__(model, server, load, scratch)
+        self.who = who
 
     def check_reply(self, reply: bytes) -> None:
         """The model's answer, as ONNX Runtime alone gives it."""

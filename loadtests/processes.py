@@ -5,7 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +43,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def sluice(repository: Path, scratch: Path, flags: Sequence[str] = ()) -> Iterator[ServerProcess]:
-    """`sluice serve` on this model repository, as a user would run it."""
+def sluice(repository: Path, scratch: Path, transport: str) -> Iterator[ServerProcess]:
+    """`sluice serve` on this model repository and one of its transports, as a user would run it."""
     program = Path(sysconfig.get_path("scripts")) / "sluice"
     port = free_port()
-    arguments = [f"--model-repository={repository}", f"--grpc-port={port}", "--http-port=0", "--metrics-port=0"]
-    with _running([str(program), "serve", *arguments, *flags], port, scratch / f"sluice-{port}.log") as server:
+    flags = [f"--model-repository={repository}", f"--grpc-port={port}", "--http-port=0", "--metrics-port=0"]
+    with _running(
+        [str(program), "serve", f"--transport={transport}", *flags], port, scratch / f"sluice-{port}.log"
+    ) as server:
         yield server
 
 

@@ -10,14 +10,31 @@ COLUMNS = ("model", "who", "in flight", "requests/s", "server CPU us/request", "
            "h2load CPU us/request")  # fmt: skip
 
 
+def render_report(
+    rows: Sequence[Row], memories: Sequence[Memory], goals: Sequence[Goal], facts: Mapping[str, str]
+) -> str:
+    """Everything that was measured, the goals last but for the machine; what was not measured is left out."""
+    parts = [
+        render_rows(rows) if rows else "",
+        "\n".join(map(render_memory, memories)),
+        render_goals(goals) if goals else "",
+    ]
+    return "\n\n".join([part for part in parts if part] + [render_machine(facts)])
+
+
 def render_rows(rows: Sequence[Row]) -> str:
     """The table; `±` is half the distance between the best and the worst round."""
-    cells = [COLUMNS, *map(_cells, rows)]
+    return _markdown([COLUMNS, *map(_cells, rows)], words=3)
+
+
+def _markdown(cells: Sequence[Sequence[str]], words: int) -> str:
+    """A table whose first columns are words, to the left, and the others numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    # Words to the left, numbers to the right.
-    lines = [[text.ljust(w) if n < 3 else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True))]
-             for line in cells]  # fmt: skip
-    rule = ["-" * width if number < 3 else "-" * (width - 1) + ":" for number, width in enumerate(widths)]
+    lines = [
+        [text.ljust(w) if n < words else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True))]
+        for line in cells
+    ]
+    rule = ["-" * width if number < words else "-" * (width - 1) + ":" for number, width in enumerate(widths)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
@@ -36,22 +53,21 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def render_goals(goals: Sequence[Goal]) -> str:
-    """One line for each goal: pass or MISS, what was measured, and the limit."""
-    width = max(len(goal.text) for goal in goals)
-    lines = []
+    """A line for each goal: its limit, the median and the extremes of what was measured, and whether it is met."""
+    cells = [("goal", "", "limit", "measured", "rounds")]
     for goal in goals:
         value, limit = goal.value, f"{'at least' if goal.at_least else 'at most'} {goal.limit:g}"
-        rounds = f" ({value.low:.3g} to {value.high:.3g})" if value.low != value.high else ""
-        lines.append(f"{'pass' if goal.is_met else 'MISS'}  {goal.text:<{width}}  {value.median:.3g}{rounds}, {limit}")
-    return "\n".join(lines)
+        rounds = f"{value.low:.3g} to {value.high:.3g}" if value.low != value.high else ""
+        cells.append((goal.text, "met" if goal.is_met else "MISSED", limit, f"{value.median:.3g}", rounds))
+    return _markdown(cells, words=2)
 
 
 def render_memory(memory: Memory) -> str:
     """Resident memory before and after."""
     before, after = memory.before_bytes / 2**20, memory.after_bytes / 2**20
     return (
-        f"resident memory before {before:.1f} MiB, after {memory.requests:,} requests {after:.1f} MiB"
-        f" ({memory.growth:+.1%})"
+        f"{memory.who}: resident memory after the warm-up {before:.1f} MiB,"
+        f" after {memory.requests:,} requests more {after:.1f} MiB ({memory.ratio - 1:+.1%})"
     )
 
 

@@ -15,6 +15,7 @@ from sluice_server.flag_values import SettingsError
 from sluice_server.lifecycle import Server, StartError, check_runtime
 from sluice_server.observability.logs import configure
 from sluice_server.observability.tracing import TracingError
+from sluice_server.open_files import raise_limit
 from sluice_server.settings import ModelSettings, parse_serve
 from sluice_server.termination import Termination
 from sluice_server.transport import ListenError
@@ -39,6 +40,7 @@ def serve(argv: Sequence[str]) -> int:
 def _serve(settings: ServerSettings, termination: Termination) -> int:
     try:
         configure(settings.log)
+        raise_limit()
         check_runtime()
         server = Server(settings, os.environ)
     except (ListenError, OSError, SluiceError, StartError, TracingError) as error:

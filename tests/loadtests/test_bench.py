@@ -8,39 +8,64 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import bench
+from loadtests import bench, processes
 from loadtests.models import THREADS, generate
 from loadtests.ort_loop import measure, open_session
-from loadtests.peers import ECHO, LOOP, SLUICE
+from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SluiceMeasurement
+from loadtests.plan import CROWD, IMAGES, Plan
+from sluice_server.open_files import raise_limit
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load (nghttp2-client) is not installed")
-def test_a_quick_run_prints_the_table_and_the_goals_and_writes_json(tmp_path: Path) -> None:
+needs_h2load = pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load (nghttp2-client) is not installed")
+
+
+def run_bench(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "loadtests.bench", "--quick", "--seconds=0.2", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@needs_h2load
+def test_a_run_prints_the_tables_and_writes_json(transport: str, tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "loadtests.bench", "--quick", "--json", str(results)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_bench("--parts", "identity", "lone", "--json", str(results))
 
     assert done.returncode == 0, done.stderr
-    table, memory, goals, machine = done.stdout.strip().split("\n\n")
-    assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == [SLUICE, ECHO, LOOP]
-    assert memory.startswith("resident memory before")
-    assert {line.split()[0] for line in goals.splitlines()} <= {"pass", "MISS"}
+    who = {"grpcio": GRPCIO, "native": NATIVE}[transport]
+    table, goals, machine = done.stdout.strip().split("\n\n")
+    assert {who, ECHO, LOOP} <= {line.split("|")[2].strip() for line in table.splitlines()[2:]}
+    assert {line.split("|")[2].strip() for line in goals.splitlines()[2:]} <= {"met", "MISSED"}
     assert "onnxruntime" in machine
-    content = json.loads(results.read_text())
-    ours, echo, loop = (row["samples"][0] for row in content["rows"])
-    assert min(sample["requests_per_s"] for sample in (ours, echo, loop)) > 0
+    samples = {(row["who"], row["load"]): row["samples"][0] for row in json.loads(results.read_text())["rows"]}
+    ours, echo = samples[who, "32 (2 x 16)"], samples[ECHO, "32 (2 x 16)"]
+    assert min(sample["requests_per_s"] for sample in samples.values()) > 0
     assert min(ours["cpu_us_per_request"], echo["cpu_us_per_request"]) > 0
     assert ours["mean_batch_rows"] >= 1
     assert echo["mean_batch_rows"] is None
-    assert content["memory"]["requests"] == bench.QUICK.soak_requests
+    assert samples[who, "1 (1 x 1)"]["mean_batch_rows"] == 1
+
+
+@needs_h2load
+def test_memory_is_measured_before_and_after(transport: str, tmp_path: Path) -> None:
+    who = {"grpcio": GRPCIO, "native": NATIVE}[transport]
+    plan = Plan(soak_warmup_requests=64, soak_requests=((GRPCIO, 96), (NATIVE, 96)))
+    (memory,) = bench.measure_memory([who], plan, tmp_path)
+
+    assert (memory.who, memory.requests) == (who, 96)
+    assert 0.5 < memory.ratio < 2
+
+
+@needs_h2load
+def test_a_thousand_connections_and_600_kb_images_come_through(transport: str, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    models = {name: generate(name, repository) for name in ("identity", "images")}
+    raise_limit()
+    with processes.sluice(repository, tmp_path, transport) as server:
+        crowd = SluiceMeasurement("ours", models["identity"], server, CROWD, tmp_path)
+        assert crowd.send(2 * CROWD.in_flight).requests_per_s > 0
+        images = SluiceMeasurement("ours", models["images"], server, IMAGES, tmp_path)
+        assert images.send(2 * IMAGES.in_flight).requests_per_s > 0
 
 
 def test_without_h2load_it_says_how_to_install_it(

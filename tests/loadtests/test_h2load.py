@@ -74,7 +74,7 @@ def test_errors_of_a_real_server_fail_the_load_although_they_are_http_200(tmp_pa
     model = generate("identity", tmp_path / "models")
     unknown = ModelInferRequest.FromString(model.request)
     unknown.model_name = "unknown"
-    with processes.sluice(tmp_path / "models", tmp_path) as server:
+    with processes.sluice(tmp_path / "models", tmp_path, "grpcio") as server:
         done = h2load.run(server.port, METHOD, model.request, 94, Load(1, 4), 40, tmp_path)
         with pytest.raises(LoadError, match="grpc-status"):
             h2load.run(server.port, METHOD, unknown.SerializeToString(), 94, Load(1, 4), 40, tmp_path)

@@ -1,0 +1,62 @@
+"""What the benchmark measures: its parts, whom each of them loads and how, and for how long."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from loadtests.h2load import Load
+from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of the table; the bare loop has no load, but batches."""
+
+    model: str
+    who: str
+    load: Load | None
+
+
+def _cases(model: str, load: Load, *whos: str) -> tuple[Case, ...]:
+    return tuple(Case(model, who, None if who == LOOP else load) for who in whos)
+
+
+LONE, BASE, BUSY, CROWD = Load(1, 1), Load(2, 16), Load(4, 32), Load(1000, 1)
+LARGE, LARGER, IMAGES = Load(4, 16), Load(4, 25), Load(2, 4)
+
+MEMORY = "memory"
+"""The part that is no row of the table."""
+
+PARTS: dict[str, tuple[Case, ...]] = {
+    "identity": _cases("identity", BASE, GRPCIO, NATIVE, ECHO, LOOP),
+    "lone": _cases("identity", LONE, GRPCIO, NATIVE, ECHO),
+    "digits": _cases("digits_mlp", BUSY, GRPCIO, NATIVE, ECHO, LOOP),
+    "large": _cases("large_mlp", LARGE, GRPCIO, NATIVE, LOOP) + _cases("large_mlp", LARGER, GRPCIO, NATIVE),
+    "images": _cases("images", IMAGES, GRPCIO, NATIVE),
+    "crowd": _cases("identity", BASE, NATIVE) + _cases("identity", CROWD, NATIVE),
+    MEMORY: (),
+}
+"""Each part has everything in it that its goals compare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured."""
+
+    parts: tuple[str, ...] = tuple(PARTS)
+    rounds: int = 5
+    round_s: float = 2.5
+    trial_s: float = 0.5
+    """Each trial before the rounds: the request rate of a server, a batch size of the bare loop."""
+    soak_warmup_requests: int = 10_000
+    soak_requests: tuple[tuple[str, int], ...] = ((GRPCIO, 100_000), (NATIVE, 1_000_000))
+    """How many requests follow the warm-up, for each of our transports."""
+
+    def cases(self, transports: Iterable[str]) -> list[Case]:
+        """The rows to measure with our transports that there are; what two parts share is measured once."""
+        measurable = {*transports, ECHO, LOOP}
+        found = dict.fromkeys(case for part in self.parts for case in PARTS[part])
+        return [case for case in found if case.who in measurable]
+
+
+QUICK = Plan(rounds=1, round_s=1.5, trial_s=0.25, soak_requests=((GRPCIO, 30_000), (NATIVE, 100_000)))
+"""Two minutes: enough to see about where the figures are; one round has no spread."""
