@@ -96,11 +96,11 @@ class Health:
         stream.on_cancel = None  # it leads back to the stream
 
 
-def _watched_name(message: bytes | None) -> str:
+def _watched_name(message: bytes | memoryview | None) -> str:
     if message is None:
         raise InvalidArgument("Watch needs a request")
     try:
-        name: str = health_pb2.HealthCheckRequest.FromString(message).service
+        name: str = health_pb2.HealthCheckRequest.FromString(bytes(message)).service
     except DecodeError as error:
         raise InvalidArgument(
             f"the {len(message)} bytes of the request are not a HealthCheckRequest message"

@@ -55,7 +55,7 @@ class Reflection:
             stream.finish()
             return
         try:
-            question = reflection_pb2.ServerReflectionRequest.FromString(message.message)
+            question = reflection_pb2.ServerReflectionRequest.FromString(bytes(message.message))
         except DecodeError as error:
             self._forget(stream)
             raise InvalidArgument(

@@ -67,7 +67,7 @@ _FINAL_MARK = _final_mark()
 class StreamedRequest(Call):
     """One request of a stream, as the rest of the server sees it: a call of its own."""
 
-    __slots__ = ("_owner", "answer", "ends_stream")
+    __slots__ = ("_message", "_owner", "answer", "ends_stream")
 
     def __init__(self, owner: InferStream, message: Call) -> None:
         self.method = message.method
@@ -78,6 +78,7 @@ class StreamedRequest(Call):
         self.answer: Sequence[Buffer] | None = None
         self.ends_stream: Status | None = None
         self._owner = owner
+        self._message = message  # a transport may count what is in memory by the calls that are alive
 
     @property
     def metadata(self) -> Metadata:

@@ -87,7 +87,8 @@ class Call(ABC):
     method: str
     """The RPC's path as on the wire, e.g. `/inference.GRPCInferenceService/ModelInfer`."""
     message: Any
-    """The request message as it came, decompressed: `bytes`. None, of a stream: the client has sent its last one."""
+    """The request message as it came, decompressed: `bytes`, or, when it is large, any buffer that has a length. None,
+    of a stream: the client has sent its last one."""
     received_ns: int
     """When the message was complete, on the monotonic clock."""
     deadline_ns: int
