@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 NATIVE := server/native
-NATIVE_SOURCES := $(wildcard $(NATIVE)/src/*.rs $(addprefix $(NATIVE)/,Cargo.toml Cargo.lock pyproject.toml))
+NATIVE_SOURCES := $(wildcard $(addprefix $(NATIVE)/,src/*.rs src/*/*.rs Cargo.toml Cargo.lock pyproject.toml))
 CARGO := $(shell command -v cargo)
 # Cargo on the crate; PyO3 asks this Python what to build for.
 CRATE := cd $(NATIVE) && PYO3_PYTHON="$(CURDIR)/$(BIN)/python"

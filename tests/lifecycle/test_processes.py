@@ -45,8 +45,8 @@ def begin_two(channel: grpc.Channel, server: Addresses, model: str) -> list[grpc
     return calls
 
 
-def test_a_server_says_where_it_is_and_answers_what_it_accepted_after_it_was_asked_to_end(slow_models):
-    with serve(slow_models) as process:
+def test_a_server_says_where_it_is_and_answers_what_it_accepted_after_it_was_asked_to_end(transport, slow_models):
+    with serve(f"--transport={transport}", slow_models) as process:
         ready = process.wait_for("server is serving")
         assert ready["ready"] is True
         server = Addresses(ready)
@@ -66,8 +66,8 @@ def test_a_server_says_where_it_is_and_answers_what_it_accepted_after_it_was_ask
         assert not [record for record in process.records if record["level"] != "INFO" or "exception" in record]
 
 
-def test_what_is_still_running_when_the_exit_timeout_is_over_does_not_hold_the_end(slow_models):
-    with serve(slow_models, "--exit-timeout-secs=1") as process:
+def test_what_is_still_running_when_the_exit_timeout_is_over_does_not_hold_the_end(transport, slow_models):
+    with serve(f"--transport={transport}", slow_models, "--exit-timeout-secs=1") as process:
         server = Addresses(process.wait_for("server is serving"))
         with grpc.insecure_channel(server.grpc) as client:
             calls = begin_two(client, server, "ever")
@@ -85,8 +85,8 @@ def test_what_is_still_running_when_the_exit_timeout_is_over_does_not_hold_the_e
         assert process.records[-1]["all_answered"] is False
 
 
-def test_a_second_signal_ends_the_process_at_once(slow_models):
-    with serve(slow_models, "--exit-timeout-secs=3600") as process:
+def test_a_second_signal_ends_the_process_at_once(transport, slow_models):
+    with serve(f"--transport={transport}", slow_models, "--exit-timeout-secs=3600") as process:
         server = Addresses(process.wait_for("server is serving"))
         with grpc.insecure_channel(server.grpc) as client:
             begin_two(client, server, "ever")
@@ -97,12 +97,14 @@ def test_a_second_signal_ends_the_process_at_once(slow_models):
     assert "server has stopped" not in process.messages()
 
 
-def test_a_signal_while_models_load_ends_the_process_after_the_load_under_way(repository):
+def test_a_signal_while_models_load_ends_the_process_after_the_load_under_way(transport, repository):
     models.write_model(repository, "a", models.identity())
     models.write_model(repository, "b", slow_to_load(20))
     for number in range(20):
         models.write_model(repository, f"c{number}", slow_to_load(20))
-    with serve(f"--model-repository={repository}", "--model-load-thread-count=1") as process:
+    with serve(
+        f"--transport={transport}", f"--model-repository={repository}", "--model-load-thread-count=1"
+    ) as process:
         process.wait_for("model is ready")
         process.signal(signal.SIGTERM)
         assert process.wait() == 0
@@ -112,10 +114,10 @@ def test_a_signal_while_models_load_ends_the_process_after_the_load_under_way(re
     assert process.messages()[-1] == "server has stopped"
 
 
-def test_a_load_call_that_takes_too_long_does_not_hold_the_end(repository):
+def test_a_load_call_that_takes_too_long_does_not_hold_the_end(transport, repository):
     models.write_model(repository, "heavy", slow_to_load(5000))
     flags = ("--model-control-mode=explicit", "--exit-timeout-secs=0")
-    with serve(f"--model-repository={repository}", *flags) as process:
+    with serve(f"--transport={transport}", f"--model-repository={repository}", *flags) as process:
         server = Addresses(process.wait_for("server is serving"))
         with grpc.insecure_channel(server.grpc) as client:
             load = client.unary_unary(f"/{SERVICE.full_name}/RepositoryModelLoad").future(

@@ -24,12 +24,13 @@ pytestmark = pytest.mark.usefixtures("own_process")
 
 
 @pytest.fixture
-def failing(repository, capfd) -> Callable[..., tuple[int, list[str]]]:
+def failing(transport, repository, capfd) -> Callable[..., tuple[int, list[str]]]:
     """Run `sluice serve` with more flags until it fails: the status, and what it said beside its log."""
     models.write_model(repository, "good", models.identity(), max_batch_size=8)
 
     def run(*flags: str) -> tuple[int, list[str]]:
-        code = serve([f"--model-repository={repository}", *FLAGS, "--log-format=json", *flags])
+        given = [f"--model-repository={repository}", f"--transport={transport}", *FLAGS, *flags]
+        code = serve([*given, "--log-format=json"])
         output = capfd.readouterr()
         assert output.out == ""
         lines = output.err.splitlines()
