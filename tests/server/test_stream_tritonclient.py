@@ -173,6 +173,10 @@ def test_the_asyncio_client_leaves_in_the_middle(server):
             assert (told(result), error) == (("", 0), None)
             assert answers.cancel()
             sent.set()
+            # The loop must live until the stream has ended on the client's side too.
+            with pytest.raises(asyncio.CancelledError):
+                await anext(answers)
+            while len(server.server._dispatcher._infer_streams):
+                assert await client.is_server_live()
 
-    asyncio.run(talk())
-    eventually(lambda: len(server.server._dispatcher._infer_streams) == 0, "the stream is forgotten")
+    asyncio.run(asyncio.wait_for(talk(), PATIENCE_S))
