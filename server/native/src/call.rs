@@ -19,8 +19,11 @@ use crate::shared::{Body, CallState, End, Held, Item, Shared, code, empty, lock}
 /// Answers up to this size are copied into one piece; the pieces of larger ones are sent from where they are.
 const JOIN_BYTES_MAX: usize = 64 * 1024;
 
+/// Status messages of at most so many characters fit into a header however they are encoded.
+const PLAIN_CHARACTERS_MAX: usize = 256;
+
 /// Messages up to this size become Python's `bytes`, which is what parses fastest; larger ones are not copied.
-pub const COPY_BYTES_MAX: usize = 32 * 1024;
+pub const COPY_BYTES_MAX: usize = 64 * 1024;
 
 /// One unary RPC, or one message of a stream.
 #[pyclass(frozen, module = "sluice_native")]
@@ -107,14 +110,6 @@ impl Call {
 
     #[pyo3(signature = (**_facts))]
     fn describe(&self, _facts: Option<&Bound<'_, PyDict>>) {}
-
-    /// `Code` of the seam: DEADLINE_EXCEEDED (4) or CANCELLED (1).
-    fn code_of_leaving(&self, py: Python<'_>, now_ns: i64) -> PyResult<Py<PyAny>> {
-        py.import("sluice_server.transport.call")?
-            .getattr("code_of_leaving")?
-            .call1((self.received_ns, self.deadline_ns, now_ns))
-            .map(Bound::unbind)
-    }
 
     fn reply(&self, parts: &Bound<'_, PyAny>) -> PyResult<()> {
         if self.state.stream.is_some() {
@@ -282,7 +277,11 @@ fn set_on_cancel(shared: &Shared, call: &Arc<CallState>, callback: Option<Py<PyA
 
 fn end(shared: &Shared, call: &CallState, status: &Bound<'_, PyAny>) -> PyResult<()> {
     let code: u32 = status.getattr("code")?.extract()?;
-    let message: String = status.getattr("message")?.extract()?;
+    let mut message = status.getattr("message")?;
+    if message.len()? > PLAIN_CHARACTERS_MAX {
+        message = shared.fit_message.bind(status.py()).call1((message,))?;
+    }
+    let message: String = message.cast::<PyString>()?.to_string_lossy().into_owned();
     end_with(shared, call, code, message);
     Ok(())
 }

@@ -31,8 +31,15 @@ const FRAME_BYTES_MAX: u32 = 256 << 10;
 const UNSENT_BYTES_MAX: usize = 64 << 20;
 
 /// Streams that were reset before they were looked at, beyond which h2 closes the connection. Its default of 20 is
-/// less than what an honest client cancels at once; each costs its headers.
-const RESET_BEFORE_ACCEPTED_MAX: usize = 1024;
+/// less than what an honest client cancels while this thread is busy for a moment; each costs its headers, some 1 KB.
+const RESET_BEFORE_ACCEPTED_MAX: usize = 4096;
+
+/// What h2 may spend on frames that nobody has read, 256 bytes for each small one: its default closes connections of
+/// honest clients whose streams of small messages wait for their turn.
+const UNREAD_FRAMES_BYTES_MAX: usize = 64 << 20;
+
+/// Headers beyond our own limit are refused with gRPC's status, and so many times it by h2, which knows only HTTP's.
+const HEADERS_READ_FACTOR: u32 = 4;
 
 /// Streams that h2 remembers for a second after we have reset them: refusals in a drain are of this kind.
 const RESETS_REMEMBERED_MAX: usize = 1024;
@@ -104,7 +111,8 @@ fn builder(options: &Options) -> h2::server::Builder {
         .initial_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX)
-        .max_header_list_size(options.max_header_bytes)
+        .max_header_list_size(options.max_header_bytes.saturating_mul(HEADERS_READ_FACTOR))
+        .data_frame_budget(UNREAD_FRAMES_BYTES_MAX)
         .max_concurrent_streams(options.max_concurrent_streams)
         .max_pending_accept_reset_streams(RESET_BEFORE_ACCEPTED_MAX)
         .max_concurrent_reset_streams(RESETS_REMEMBERED_MAX)
@@ -120,6 +128,8 @@ struct Serving<T> {
     born: Instant,
     /// When we pinged the client, until it answers.
     pinged: Option<Instant>,
+    /// Pings since a frame of ours with HEADERS or DATA, and how many such frames there were then.
+    pings_without_data: (u32, u64),
     /// When GOAWAY was sent with time for open calls, and by when they must have ended.
     going: Option<Option<Instant>>,
     /// When the last frames must be out.
@@ -145,6 +155,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
             pings,
             born: Instant::now(),
             pinged: None,
+            pings_without_data: (0, 0),
             going: None,
             closing: None,
             stalled: None,
@@ -272,7 +283,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
 
     /// Pings a client that is silent. Gives when to look again; None: it did not answer.
     fn check_alive(&mut self, now: Instant, context: &mut Context<'_>) -> Option<Instant> {
-        let Self { http2, pings, pinged, connection, .. } = self;
+        let Self { http2, pings, pinged, pings_without_data, connection, .. } = self;
         let options = &connection.shared.options;
         let heard = connection.traffic.last_read();
         if pinged.is_some_and(|at| heard > at) {
@@ -292,10 +303,18 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
         if !(options.keepalive_permit_without_calls || http2.has_streams()) {
             return Some(now + options.keepalive_time);
         }
+        let (sent, frames) = pings_without_data;
+        if *frames != connection.traffic.frames_written() {
+            (*sent, *frames) = (0, connection.traffic.frames_written());
+        }
+        if options.max_pings_without_data > 0 && *sent >= options.max_pings_without_data {
+            return Some(now + options.keepalive_time);
+        }
         // An answer to the last one that nobody asked for is taken away first.
         drop(pings.poll_pong(context));
         if pings.send_ping(Ping::opaque()).is_ok() {
             *pinged = Some(now);
+            *sent += 1;
             context.waker().wake_by_ref();
         }
         Some(now + options.keepalive_timeout)

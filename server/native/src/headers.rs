@@ -70,6 +70,11 @@ impl std::error::Error for BadMetadata {}
 
 /// The metadata among a request's headers, in the order of their keys' first appearance.
 ///
+/// How large headers are as HTTP/2 counts them: with 32 bytes for each (RFC 9113, 6.5.2).
+pub fn list_bytes(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
+}
+
 /// Headers that belong to the transport are left out. Text is UTF-8, or else Latin-1. A binary value may be several,
 /// joined by commas.
 pub fn metadata(headers: &HeaderMap) -> Result<Vec<(String, MetadataValue)>, BadMetadata> {

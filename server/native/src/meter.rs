@@ -36,7 +36,15 @@ pub struct Traffic {
     busy: AtomicBool,
     /// The number of a `Flood`, from 1; 0 for none.
     flood: AtomicU8,
-    resets: Mutex<Vec<u32>>,
+    resets: Mutex<Resets>,
+}
+
+/// Streams that the client has reset, in the order of the frames.
+#[derive(Debug, Default)]
+struct Resets {
+    streams: Vec<u32>,
+    /// How many of them HTTP/2 has dealt with.
+    known: usize,
 }
 
 impl Traffic {
@@ -52,11 +60,14 @@ impl Traffic {
         }
     }
 
-    /// Moves the streams that the client has reset since the last time to the end of `into`.
+    /// Moves the streams that the client has reset since the last time to the end of `into`, once HTTP/2 knows of it:
+    /// what asks it afterwards whether a stream is reset misses none, nor does whoever was told of the stream before.
     ///
     /// None is missed: as many as the bound of a second that nobody takes are a flood too.
     pub fn take_resets(&self, into: &mut Vec<u32>) {
-        into.append(&mut self.resets());
+        let mut resets = self.resets();
+        let known = std::mem::take(&mut resets.known);
+        into.extend(resets.streams.drain(..known));
     }
 
     /// What the client sent too much of, once it has.
@@ -74,6 +85,11 @@ impl Traffic {
         self.bytes_written.load(Ordering::Relaxed)
     }
 
+    /// Frames with HEADERS or DATA that were written.
+    pub fn frames_written(&self) -> u64 {
+        self.frames_written.load(Ordering::Relaxed)
+    }
+
     /// Says whether calls are open, which decides how often the client may ping.
     pub fn set_busy(&self, busy: bool) {
         self.busy.store(busy, Ordering::Relaxed);
@@ -87,7 +103,7 @@ impl Traffic {
         let _ = self.flood.compare_exchange(0, flood as u8 + 1, Ordering::Relaxed, Ordering::Relaxed);
     }
 
-    fn resets(&self) -> MutexGuard<'_, Vec<u32>> {
+    fn resets(&self) -> MutexGuard<'_, Resets> {
         self.resets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -213,6 +229,8 @@ impl<T: AsyncRead + Unpin> AsyncRead for Meter<T> {
         if self.traffic.flood().is_some() {
             return Poll::Pending;
         }
+        // HTTP/2 reads on when it has dealt with every frame that it has the whole of.
+        self.scanner.settle_resets(&self.traffic);
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(cx, buffer))?;
         self.note_read(&buffer.filled()[before..]);

@@ -115,6 +115,12 @@ fn admit(connection: &Arc<Connection>, parts: Parts, key: Key) -> Result<Incomin
     if !headers::is_grpc(headers.get(header::CONTENT_TYPE)) {
         return Err(Refusal::Http(StatusCode::UNSUPPORTED_MEDIA_TYPE));
     }
+    let header_bytes = headers::list_bytes(&headers) + parts.uri.path().len();
+    if header_bytes > shared.options.max_header_bytes as usize {
+        let limit = shared.options.max_header_bytes;
+        let message = format!("the request's headers take {header_bytes} bytes, and {limit} are allowed");
+        return Err(Refusal::Status(code::RESOURCE_EXHAUSTED, message));
+    }
     if shared.draining.load(Ordering::Relaxed) {
         return Err(Refusal::Retry);
     }
@@ -164,8 +170,14 @@ impl Incoming {
         &self.connection.shared
     }
 
-    /// Makes it a call that Python may know.
-    fn register(self, response: SendResponse<Bytes>) -> Arc<CallState> {
+    /// Makes it a call that Python may know; None when its client has left.
+    fn register(self, mut response: SendResponse<Bytes>) -> Option<Arc<CallState>> {
+        // A reset that comes later finds the call; one that came before it was registered is found here. The body does
+        // not tell: behind its end it is complete, reset or not.
+        if response.poll_reset(&mut Context::from_waker(Waker::noop())).is_ready() {
+            self.count_as_left();
+            return None;
+        }
         let stream = self.shared().methods[self.method].streams.then(|| StreamState {
             credit: Arc::new(Semaphore::new(self.shared().options.stream_ahead)),
             over: Notify::new(),
@@ -190,7 +202,11 @@ impl Incoming {
             answer: Answer::Response(response),
             connection: self.connection,
         });
-        call
+        Some(call)
+    }
+
+    fn count_as_left(&self) {
+        self.shared().count(self.method, code_of_leaving(self.opened, self.timeout, Instant::now()));
     }
 }
 
@@ -198,12 +214,11 @@ impl Incoming {
 async fn read_unary(incoming: Incoming, mut body: RecvStream, response: SendResponse<Bytes>) -> Option<Item> {
     match read_message(&incoming, &mut body).await {
         Ok((message, held)) => {
-            let call = incoming.register(response);
+            let call = incoming.register(response)?;
             Some(Item::Call { call, message: Some(message), received: Instant::now(), held })
         }
         Err(Failure::Gone) => {
-            let code = code_of_leaving(incoming.opened, incoming.timeout, Instant::now());
-            incoming.shared().count(incoming.method, code);
+            incoming.count_as_left();
             None
         }
         Err(Failure::Status(code, message)) => {
@@ -249,7 +264,7 @@ async fn read_stream(incoming: Incoming, body: RecvStream, response: SendRespons
     let shared = &*connection.shared;
     let _counted = Counted::new(&shared.gauges.reading);
     let reader = Reader::new(shared, incoming.encoding);
-    let call = incoming.register(response);
+    let Some(call) = incoming.register(response) else { return };
     let Some(stream) = &call.stream else { return };
     tokio::select! {
         biased;

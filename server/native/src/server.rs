@@ -45,7 +45,7 @@ impl Drop for ClosesInbox {
 impl Server {
     /// `options` is a TransportOptions, `methods` the path of every RPC and whether it streams.
     #[new]
-    #[pyo3(signature = (options, methods, *, now_ns, max_held_bytes, stream_ahead))]
+    #[pyo3(signature = (options, methods, *, now_ns, max_held_bytes, stream_ahead, fit_message))]
     fn new(
         py: Python<'_>,
         options: &Bound<'_, PyAny>,
@@ -53,6 +53,7 @@ impl Server {
         now_ns: i64,
         max_held_bytes: usize,
         stream_ahead: usize,
+        fit_message: Py<PyAny>,
     ) -> PyResult<Self> {
         let clock = Clock::new(now_ns);
         let paths: HashMap<String, usize> =
@@ -67,6 +68,7 @@ impl Server {
             methods,
             paths,
             clock,
+            fit_message,
             inbox: Inbox::default(),
             outbox: Outbox::default(),
             calls: Mutex::default(),

@@ -63,6 +63,8 @@ pub struct Shared {
     pub methods: Vec<Method>,
     pub paths: HashMap<String, usize>,
     pub clock: Clock,
+    /// Python's function that cuts a status message to what fits into a header.
+    pub fit_message: Py<PyAny>,
     pub inbox: Inbox,
     pub outbox: Outbox,
     /// Calls that were handed up, or are about to be, and have not ended.

@@ -155,7 +155,8 @@ class Dispatcher:
 
 def _parse(message_class: type[Message], call: Call) -> Message:
     try:
-        return message_class.FromString(call.message)
+        # A large message may be another buffer than `bytes`, which is all that protobuf parses.
+        return message_class.FromString(bytes(call.message))
     except DecodeError as error:
         name = message_class.DESCRIPTOR.name
         raise InvalidArgument(f"the {len(call.message)} bytes of the request are not a {name} message") from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 from sluice_server.status import Code
 from sluice_server.transport.call import STREAM_AHEAD, Call, ListenError
 from sluice_server.transport.listening import reason
+from sluice_server.transport.message import fit_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,7 @@ class NativeTransport:
             now_ns=time.monotonic_ns(),
             max_held_bytes=held_bytes_max,
             stream_ahead=STREAM_AHEAD,
+            fit_message=fit_message,
         )
         self._endpoints: tuple[str, ...] = ()
         self._thread = threading.Thread(target=self._hand_up, name="native-intake", daemon=True)
