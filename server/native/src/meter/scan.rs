@@ -205,6 +205,7 @@ pub struct Scanner {
     settings: Rate,
     resets: Rate,
     max_kept_resets: usize,
+    last_is_reset: bool,
     empty_frames: Rate,
     updates: Updates,
     priorities: Rate,
@@ -219,6 +220,7 @@ impl Scanner {
             settings: Rate::new(limits.settings, SETTINGS_SPAN_NS),
             resets: Rate::new(limits.resets, SECOND_NS),
             max_kept_resets: usize::try_from(limits.resets).unwrap_or(usize::MAX),
+            last_is_reset: false,
             empty_frames: Rate::new(limits.empty_frames, SECOND_NS),
             updates: Updates::new(limits.window_updates),
             priorities: Rate::new(limits.priorities, SECOND_NS),
@@ -228,10 +230,17 @@ impl Scanner {
     /// Reads on, at a time since the connection began; resets and a verdict go to `traffic`.
     pub fn scan(&mut self, mut bytes: &[u8], now_ns: u64, traffic: &Traffic) {
         while let Some(head) = self.heads.next(&mut bytes) {
+            self.last_is_reset = head.kind == kind::RST_STREAM;
             if let Some(flood) = self.weigh(head, now_ns, traffic) {
                 traffic.judge(flood);
             }
         }
+    }
+
+    /// Lets resets be taken which HTTP/2 has dealt with: all, but for one whose payload is still to come.
+    pub fn settle_resets(&self, traffic: &Traffic) {
+        let mut resets = traffic.resets();
+        resets.known = resets.streams.len() - usize::from(self.last_is_reset && self.heads.skip > 0);
     }
 
     /// Counts a frame; gives what it is one too many of.
@@ -259,10 +268,10 @@ impl Scanner {
     /// Keeps the id of a reset; whether there are too many.
     fn reset(&mut self, stream: u32, now_ns: u64, traffic: &Traffic) -> bool {
         let mut kept = traffic.resets();
-        if kept.len() >= self.max_kept_resets {
+        if kept.streams.len() >= self.max_kept_resets {
             return true;
         }
-        kept.push(stream);
+        kept.streams.push(stream);
         self.resets.exceeds(now_ns)
     }
 }
@@ -313,6 +322,12 @@ pub mod tests {
         fn read(&mut self, bytes: &[u8]) -> Option<Flood> {
             self.scanner.scan(bytes, self.now_ns, &self.traffic);
             self.traffic.flood()
+        }
+
+        /// Takes resets when HTTP/2 reads on.
+        fn take_resets(&self, into: &mut Vec<u32>) {
+            self.scanner.settle_resets(&self.traffic);
+            self.traffic.take_resets(into);
         }
 
         /// Reads a frame so many times within one span, and as often again in the next.
@@ -366,10 +381,25 @@ pub mod tests {
         let reset = |stream: u32| frame(kind::RST_STREAM, 0, stream, &[0; 4]);
         connection.read(&[reset(1), reset(0x8000_0003)].concat());
         let mut resets = vec![99];
-        connection.traffic.take_resets(&mut resets);
+        connection.take_resets(&mut resets);
         assert_eq!(resets, [99, 1, 3]);
         assert_eq!(connection.read(&reset(5)), None);
         assert_eq!(connection.read(&reset(7)), Some(Flood::Resets));
+    }
+
+    #[test]
+    fn a_reset_is_told_when_http2_has_read_its_payload_and_looked_at_it() {
+        let mut connection = Connection::new(&small());
+        let frames = [frame(kind::RST_STREAM, 0, 1, &[0; 4]), frame(kind::RST_STREAM, 0, 3, &[0; 4])].concat();
+        let mut resets = Vec::new();
+        connection.read(&frames[..24]);
+        connection.traffic.take_resets(&mut resets);
+        assert!(resets.is_empty());
+        connection.take_resets(&mut resets);
+        assert_eq!(resets, [1]);
+        connection.read(&frames[24..]);
+        connection.take_resets(&mut resets);
+        assert_eq!(resets, [1, 3]);
     }
 
     #[test]
@@ -378,7 +408,7 @@ pub mod tests {
         let reset = frame(kind::RST_STREAM, 0, 1, &[0; 4]);
         assert_eq!(connection.read_twice(2, &reset), Some(Flood::Resets));
         let mut resets = Vec::new();
-        connection.traffic.take_resets(&mut resets);
+        connection.take_resets(&mut resets);
         assert_eq!(resets.len(), 3);
     }
 
@@ -469,9 +499,9 @@ pub mod tests {
             }
             prop_assert_eq!(pieces.traffic.flood(), whole.read(&bytes));
             prop_assert_eq!(&pieces.scanner, &whole.scanner);
-            prop_assert_eq!(&*pieces.traffic.resets(), &*whole.traffic.resets());
+            prop_assert_eq!(&pieces.traffic.resets().streams, &whole.traffic.resets().streams);
             let resets = frames.iter().filter(|frame| frame[3] == kind::RST_STREAM).count();
-            prop_assert_eq!(whole.traffic.resets().len(), resets);
+            prop_assert_eq!(whole.traffic.resets().streams.len(), resets);
             prop_assert_eq!((whole.scanner.heads.skip, whole.scanner.heads.filled), (0, 0));
         }
 
@@ -479,7 +509,7 @@ pub mod tests {
         fn no_bytes_make_the_scanner_panic(bytes in vec(any::<u8>(), 0..2000)) {
             let mut connection = Connection::new(&small());
             connection.read(&bytes);
-            prop_assert!(connection.traffic.resets().len() <= 3);
+            prop_assert!(connection.traffic.resets().streams.len() <= 3);
         }
     }
 }
