@@ -12,10 +12,10 @@ from sluice_batching import ExpiryTimer
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.errors import DeadlineExceeded, NotFound, ResourceExhausted, SluiceError
 from sluice_server.observability.statistics import Outcome
-from sluice_server.protocol.dispatch import RELOADS_FOLLOWED_MAX, Dispatcher
+from sluice_server.protocol.dispatch import INFER, RELOADS_FOLLOWED_MAX, STREAM_INFER, Dispatcher
 from sluice_server.protocol.rpcs import Rpc, path_of
-from sluice_server.status import Code, StatusMapper
-from support.fakes import EchoSession, RecordingCall, served_model
+from sluice_server.status import OK, Code, StatusMapper
+from support.fakes import EchoSession, RecordingCall, RecordingStream, eventually, served_model
 from support.requests import answer_arrays, infer_request
 
 if TYPE_CHECKING:
@@ -114,6 +114,45 @@ def test_a_bug_in_one_rpc_ends_one_call_of_the_list(slow, timer, pool, caplog):
     (logged,) = [record for record in caplog.records if record.exc_info]
     assert logged.args[0] in calls[0].wait()[0].message
     assert "secret" not in calls[0].wait()[0].message
+
+
+def test_a_bug_in_one_stream_ends_that_stream(timer, pool, caplog):
+    def serve(message):
+        if message.message == b"bad":
+            raise ZeroDivisionError("a secret")
+        message.stream.send((message.message,))
+
+    bad, good = RecordingStream("/other.Service/Talk"), RecordingStream("/other.Service/Talk")
+    dispatcher = Dispatcher(Reloading(), {}, StatusMapper(), pool, streams={"/other.Service/Talk": serve})
+    dispatcher([bad.message(b"bad"), good.message(b"good")])
+    assert (good.sent, good.ends) == ([b"good"], [])
+    (status,) = bad.ends
+    assert (bad.sent, status.code) == ([], Code.INTERNAL)
+    assert "secret" not in status.message
+    assert [record for record in caplog.records if record.exc_info]
+
+
+def test_a_transport_is_told_of_every_method_by_its_path(timer, pool):
+    rpcs = {"/other.Service/Ask": Rpc(pb.ServerLiveRequest, live)}
+    dispatcher = Dispatcher(Reloading(), rpcs, StatusMapper(), pool, streams={"/other.Service/Talk": print})
+    streams = {path for path, streams in dispatcher.methods.items() if streams}
+    assert streams == {STREAM_INFER, "/other.Service/Talk"}
+    assert {INFER, path_of("TraceSetting"), "/other.Service/Ask"} <= set(dispatcher.methods) - streams
+    assert len(dispatcher.methods) == 22
+
+
+def test_requests_of_a_stream_follow_their_model_through_a_reload_in_order(timer, pool, no_errors_logged):
+    last = served_model(EchoSession(), timer)
+    last.start()
+    stream = RecordingStream()
+    dispatcher = Dispatcher(Reloading(draining(timer), last), {}, StatusMapper(), pool)
+    dispatcher([stream.message(infer_call(value).message) for value in range(3)] + [stream.message(None)])
+    eventually(lambda: bool(stream.ends), "the stream has ended")
+    answers = [pb.ModelStreamInferResponse.FromString(message).infer_response for message in stream.sent]
+    assert [answer_arrays(answer)["Y"].item() for answer in answers] == [0, 1, 2]
+    assert stream.ends == [OK]
+    last.drain()
+    assert last.join(20.0)
 
 
 def test_a_slow_call_after_the_end_is_refused(timer, pool, no_errors_logged):

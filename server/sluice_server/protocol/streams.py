@@ -94,9 +94,7 @@ class StreamedRequest(Call):
         """Answer in turn; `parts` are those of a ModelInferResponse."""
         if asks_for_final_mark(self.message):
             parts = [*parts, _FINAL_MARK]
-        size_bytes = 0
-        for part in parts:
-            size_bytes += len(part)  # type: ignore[arg-type] # every part is bytes, or a view of bytes
+        size_bytes = sum(map(len, parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
         self._owner.settle(self, [wire.length_delimited(_RESPONSE_FIELD, size_bytes), *parts])
 
     def fail(self, status: Status) -> None:
@@ -239,7 +237,8 @@ class InferStreams:
 
 def asks_for_final_mark(message: bytes | memoryview) -> bool:
     """Whether a request says that its last answer is to be marked. Costs a search for the key, unless it is there."""
-    return _FINAL_ASKED_KEY in (head := _head(message)) and _final_asked(head)
+    head = message if type(message) is bytes and len(message) < SPLIT_BYTES_MIN else _head(message)
+    return _FINAL_ASKED_KEY in head and _final_asked(head)
 
 
 def request_id(message: bytes | memoryview) -> str:
