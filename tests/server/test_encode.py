@@ -1,17 +1,27 @@
 """Whether the parts of an answer, joined, are the message that it should be, for any arrays, in bounded memory."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
+from sluice_batching import NO_DEADLINE
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
 from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_proto.tensors import BY_NAME
+from sluice_server.execution.request import InferRequest
 from sluice_server.protocol.encode import HEADS_MAX, Encoder
 from sluice_server.protocol.interface import ModelInterface
+from support.fakes import RecordingCall
 from support.requests import answer_arrays
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 NUMERIC = ["BOOL", "UINT8", "UINT64", "INT8", "INT64", "FP16", "FP32", "FP64"]
 
@@ -25,9 +35,18 @@ def interface(
     return ModelInterface.of(config, 3, units)
 
 
+def asked(names: tuple[str, ...], rows: int = 1, request_id: str = "") -> InferRequest:
+    return InferRequest(RecordingCall(), request_id, {}, names, rows=rows, key="", deadline_ns=NO_DEADLINE)
+
+
+def encode_parts(encoder: Encoder, arrays: list[np.ndarray], request_id: str = "") -> list[Buffer]:
+    names = tuple(f"Y{number}" for number in range(len(arrays)))
+    (parts,) = encoder([asked(names, request_id=request_id)], arrays)
+    return parts
+
+
 def encode(encoder: Encoder, arrays: list[np.ndarray], request_id: str = "") -> ModelInferResponse:
-    parts = encoder(request_id, tuple(f"Y{number}" for number in range(len(arrays))), arrays)
-    return ModelInferResponse.FromString(b"".join(parts))
+    return ModelInferResponse.FromString(b"".join(encode_parts(encoder, arrays, request_id)))
 
 
 @given(
@@ -38,6 +57,7 @@ def encode(encoder: Encoder, arrays: list[np.ndarray], request_id: str = "") -> 
                 np_st.arrays(BY_NAME[name].numpy, np_st.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)),
             )
         ),
+        min_size=1,
         max_size=4,
     ),
     st.text(max_size=200),
@@ -50,6 +70,36 @@ def test_any_arrays_come_back_from_their_answer(outputs, request_id):
     for got, wanted in zip(answer_arrays(response).values(), arrays, strict=True):
         assert got.shape == wanted.shape
         assert got.tobytes() == wanted.tobytes()
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[InferRequest], list[str], list[np.ndarray]]:
+    """Requests, the types of the outputs, and the outputs with the rows of all requests."""
+    rows = draw(st.lists(st.integers(1, 3), min_size=1, max_size=5) | st.lists(st.just(2), min_size=1, max_size=5))
+    datatypes = draw(st.lists(st.sampled_from(["FP32", "INT8", "BYTES"]), min_size=1, max_size=3))
+    ids = draw(st.lists(st.sampled_from(["", "a", "\u00e9", "0" * 200]), min_size=len(rows), max_size=len(rows)))
+    names = tuple(f"Y{number}" for number in range(len(datatypes)))
+    arrays = []
+    for datatype in datatypes:
+        shape = (sum(rows), *draw(st.sampled_from([(), (0,), (3,), (2, 2), (1200,)])))
+        values = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+        text = datatype == "BYTES"
+        arrays.append(values.astype(bytes).astype(object) if text else values.astype(BY_NAME[datatype].numpy))
+    requests = [asked(names, each, request_id) for each, request_id in zip(rows, ids, strict=True)]
+    return requests, datatypes, arrays
+
+
+@given(batches())
+def test_each_request_of_a_batch_gets_its_own_rows_and_its_id(drawn):
+    batch, datatypes, arrays = drawn
+    encoder = Encoder(interface(*datatypes, max_batch_size=100))
+    start = 0
+    for request, parts in zip(batch, encoder(batch, arrays), strict=True):
+        response = ModelInferResponse.FromString(b"".join(parts))
+        assert response.id == request.id
+        for array, got in zip(arrays, answer_arrays(response).values(), strict=True):
+            np.testing.assert_array_equal(got, array[start : start + request.rows], strict=True)
+        start += request.rows
 
 
 @pytest.mark.parametrize("array", [
@@ -73,8 +123,15 @@ def test_the_kept_heads_stay_bounded_and_right_whatever_the_shapes():
 
 def test_a_large_array_is_not_copied_before_it_is_sent():
     array = np.zeros((1000, 1000), np.float32)
-    parts = Encoder(interface("FP32"))("", ("Y0",), [array])
-    assert any(isinstance(part, np.ndarray) and np.shares_memory(part, array) for part in parts)
+    encoder = Encoder(interface("FP32", max_batch_size=1000))
+    (parts,) = encoder([asked(("Y0",), rows=1000)], [array])
+    assert _shares_memory(parts[-1], array)
+    for parts in encoder([asked(("Y0",), rows=400), asked(("Y0",), rows=600)], [array]):
+        assert _shares_memory(parts[-1], array)
+
+
+def _shares_memory(part: Buffer, array: np.ndarray) -> bool:
+    return np.shares_memory(np.frombuffer(part, np.uint8), array)
 
 
 @pytest.mark.parametrize(("batch", "array", "shape"), [

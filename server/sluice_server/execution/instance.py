@@ -44,10 +44,10 @@ class Runnable(Protocol):
 
 
 class Encode(Protocol):
-    """What an instance needs to answer: the parts of a response message."""
+    """What an instance needs to answer: the parts of the response messages."""
 
-    def __call__(self, request_id: str, names: tuple[str, ...], arrays: Sequence[np.ndarray]) -> list[Buffer]:
-        """Encode one answer."""
+    def __call__(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
+        """Encode the answers of a batch, in its order; `arrays` have the rows of all of its requests."""
 
 
 class BatchRunner:
@@ -81,9 +81,9 @@ class BatchRunner:
             self.send(earlier)
             outputs = session.run(names, feeds)
             computed_ns = self._clock()
-            answers = [
-                self._encode(request.id, names, arrays) for request, arrays in self._scatter(batch, names, outputs)
-            ]
+            if self._has_batch_dimension:
+                check_rows(batch, outputs)
+            answers = self._encode(batch, outputs)
         except SluiceError as error:
             if len(batch) == 1:
                 backend = isinstance(error, BackendError)
@@ -95,7 +95,7 @@ class BatchRunner:
             self._fail(batch, error, FailureReason.OTHER)
             return earlier
         self._record(batch, started_ns, gathered_ns, computed_ns)
-        return deque(zip((request.call for request in batch), answers, strict=True))
+        return deque(zip([request.call for request in batch], answers, strict=True))
 
     def send(self, answers: Answers) -> None:
         """Send answers and forget each as it goes; one that cannot be made (no memory, say) ends with an error."""
@@ -116,54 +116,36 @@ class BatchRunner:
         """Answer requests whose time was up while they waited."""
         self._fail(requests, DeadlineExceeded("Request timeout expired"), FailureReason.REJECTED)
 
-    def _scatter(
-        self, batch: list[InferRequest], names: tuple[str, ...], outputs: list[np.ndarray]
-    ) -> list[tuple[InferRequest, list[np.ndarray]]]:
-        """Each request with its own rows of every output, as views."""
-        if self._has_batch_dimension:
-            rows = sum(request.rows for request in batch)
-            for name, array in zip(names, outputs, strict=True):
-                if not array.ndim or array.shape[0] != rows:
-                    raise Internal(
-                        f"output '{name}' came out with shape {list(array.shape)} for {rows} rows: the model does not"
-                        " keep one row per input row; set max_batch_size to 0"
-                    )
-        if len(batch) == 1:
-            return [(batch[0], outputs)]
-        shares = []
-        start = 0
-        for request in batch:
-            stop = start + request.rows
-            shares.append((request, [array[start:stop] for array in outputs]))
-            start = stop
-        return shares
-
     def _record(self, batch: list[InferRequest], started_ns: int, gathered_ns: int, computed_ns: int) -> None:
         ended_ns = self._clock()
-        rows = queue_ns = total_ns = 0
+        rows = queued_ns = received_ns = 0
+        sampled = False
         for request in batch:
             rows += request.rows
-            queue_ns += started_ns - request.enqueued_ns
-            total_ns += ended_ns - request.call.received_ns
+            queued_ns += request.enqueued_ns
+            received_ns += request.call.received_ns
+            sampled |= request.call.sampled
+        input_ns, infer_ns, output_ns = gathered_ns - started_ns, computed_ns - gathered_ns, ended_ns - computed_ns
         self._statistics.record_batch(
             rows=rows,
             requests=len(batch),
-            total_ns=total_ns,
-            queue_ns=queue_ns,
-            compute_input_ns=gathered_ns - started_ns,
-            compute_infer_ns=computed_ns - gathered_ns,
-            compute_output_ns=ended_ns - computed_ns,
+            total_ns=ended_ns * len(batch) - received_ns,
+            queue_ns=started_ns * len(batch) - queued_ns,
+            compute_input_ns=input_ns,
+            compute_infer_ns=infer_ns,
+            compute_output_ns=output_ns,
         )
+        if not sampled:
+            return
         for request in batch:
-            if request.call.sampled:
-                request.call.describe(
-                    batch_rows=rows,
-                    enqueued_ns=request.enqueued_ns,
-                    started_ns=started_ns,
-                    compute_input_ns=gathered_ns - started_ns,
-                    compute_infer_ns=computed_ns - gathered_ns,
-                    compute_output_ns=ended_ns - computed_ns,
-                )
+            request.call.describe(
+                batch_rows=rows,
+                enqueued_ns=request.enqueued_ns,
+                started_ns=started_ns,
+                compute_input_ns=input_ns,
+                compute_infer_ns=infer_ns,
+                compute_output_ns=output_ns,
+            )
 
     def _fail(self, requests: Sequence[InferRequest], error: Exception, reason: FailureReason) -> None:
         now_ns = self._clock()
@@ -227,7 +209,20 @@ class Instance:
 
 def is_small(batch: list[InferRequest]) -> bool:
     """Whether gathering the batch takes so little time that answers may wait for it."""
-    return sum(request.size_bytes for request in batch) <= SMALL_BATCH_BYTES
+    return sum([request.size_bytes for request in batch]) <= SMALL_BATCH_BYTES
+
+
+def check_rows(batch: list[InferRequest], outputs: Sequence[np.ndarray]) -> None:
+    """Refuse outputs without one row for each row of the batch: nobody could tell whose they are."""
+    rows = 0
+    for request in batch:
+        rows += request.rows
+    for name, array in zip(batch[0].output_names, outputs, strict=True):
+        if not array.ndim or len(array) != rows:
+            raise Internal(
+                f"output '{name}' came out with shape {list(array.shape)} for {rows} rows: the model does not keep one"
+                " row per input row; set max_batch_size to 0"
+            )
 
 
 def gather(batch: list[InferRequest]) -> dict[str, np.ndarray]:

@@ -1,24 +1,30 @@
-"""From arrays to the bytes of a ModelInferResponse, as parts that a transport may send without joining them.
+"""From the outputs of a batch to the bytes of its ModelInferResponses, as parts that a transport need not join.
 
-A response is everything but the tensors (`head`), the id, and then each raw tensor behind its own field prefix;
-protobuf allows fields in any order. For one model the head depends on the shapes of the outputs only, so that it is
-made once for each combination of shapes and kept.
+A response is an id, everything but the tensors (`head`), and each raw tensor behind its own field prefix; protobuf
+allows fields in any order. For one model the head depends on the shapes of the outputs only, so that it is made once
+for each combination of shapes and kept. An output of numbers is cut as bytes: the rows of one request are a slice of
+it. Elements of BYTES have no fixed size, so these outputs are cut as arrays.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import accumulate, repeat
+from typing import TYPE_CHECKING, TypeAlias
 
 from sluice_proto import tensors, wire
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
     from typing_extensions import Buffer
 
+    from sluice_server.execution.request import InferRequest
     from sluice_server.protocol.interface import ModelInterface
+
+Raw: TypeAlias = "bytes | memoryview | np.ndarray"
+"""A raw tensor; its len() is its size in bytes. All are buffers; numpy's stubs know of that from Python 3.12 on."""
 
 HEADS_MAX = 1024
 """Kept heads per model: more than the batch sizes in use; a model whose every answer has a new shape stays bounded."""
@@ -30,29 +36,45 @@ _RAW_FIELD = ModelInferResponse.DESCRIPTOR.fields_by_name["raw_output_contents"]
 class Encoder:
     """Encodes the answers of one model version; used by all of its instance threads at once."""
 
-    __slots__ = ("_has_units", "_heads", "_interface")
+    __slots__ = ("_has_text", "_has_units", "_heads", "_interface")
 
     def __init__(self, interface: ModelInterface) -> None:
         self._interface = interface
         self._has_units = any(output.unit for output in interface.outputs.values())
+        self._has_text = any(not output.dtype.itemsize for output in interface.outputs.values())
         self._heads: dict[tuple[object, ...], bytes] = {}
 
-    def __call__(self, request_id: str, names: tuple[str, ...], arrays: Sequence[np.ndarray]) -> list[Buffer]:
-        """The parts of the answer with these outputs, in this order; a BYTES array has elements of `bytes`."""
+    def __call__(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
+        """The parts of each answer, in the order of the batch.
+
+        `arrays` are the outputs that the batch asks for, with the rows of all its requests in order; those of a batch
+        of one are its own, whatever their shapes. A BYTES array has elements of `bytes`.
+        """
+        names = batch[0].output_names
         if self._has_units:
             arrays = [self._as_seen(name, array) for name, array in zip(names, arrays, strict=True)]
-        key = (names, *(array.shape for array in arrays))
-        head = self._heads.get(key)
-        if head is None:
-            head = self._make_head(key, names, arrays)
-        parts: list[Buffer] = [head]
-        if request_id:
-            encoded_id = request_id.encode()
-            parts += (wire.length_delimited(_ID_FIELD, len(encoded_id)), encoded_id)
+        if len(batch) == 1:
+            return [self._encode_one(names, batch[0].id, arrays)]
+        rows = [request.rows for request in batch]
+        same_sizes = not self._has_text and rows.count(rows[0]) == len(rows)
+        # Each column is one part of all answers.
+        columns: list[Iterable[Buffer]] = []
+        if any(ids := [request.id for request in batch]):
+            columns.append([_id_field(request_id) for request_id in ids])
+        shapes = [array.shape[1:] for array in arrays]
+        heads = {each: self._head(names, [(each, *shape) for shape in shapes]) for each in set(rows)}
+        columns.append([heads[each] for each in rows])
+        for name, array in zip(names, arrays, strict=True):
+            raws = self._cut(name, array, rows)
+            columns += (_raw_prefixes(raws, same_sizes=same_sizes), raws)  # type: ignore[arg-type] # as `Raw` says
+        return [list(parts) for parts in zip(*columns, strict=True)]
+
+    def _encode_one(self, names: tuple[str, ...], request_id: str, arrays: Sequence[np.ndarray]) -> list[Buffer]:
+        parts: list[Buffer] = [_id_field(request_id)] if request_id else []
+        parts.append(self._head(names, [array.shape for array in arrays]))
         for array in arrays:
-            data = tensors.to_buffer(array)
-            parts.append(wire.length_delimited(_RAW_FIELD, len(data)))
-            parts.append(data)  # type: ignore[arg-type] # numpy's stubs know buffers from Python 3.12 on
+            raw = tensors.to_buffer(array)
+            parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)  # type: ignore[arg-type] # as `Raw` says
         return parts
 
     def _as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
@@ -60,13 +82,39 @@ class Encoder:
         graph_rank = len(output.dims) - 1 + (self._interface.max_batch_rows > 0)
         return array.reshape((*array.shape, 1)) if output.unit and array.ndim == graph_rank else array
 
-    def _make_head(self, key: tuple[object, ...], names: tuple[str, ...], arrays: Sequence[np.ndarray]) -> bytes:
-        interface = self._interface
-        response = ModelInferResponse(model_name=interface.name, model_version=interface.version)
-        for name, array in zip(names, arrays, strict=True):
-            response.outputs.add(name=name, datatype=interface.outputs[name].dtype.name, shape=array.shape)
-        if len(self._heads) >= HEADS_MAX:
-            self._heads.clear()
-        head: bytes = response.SerializeToString()
-        self._heads[key] = head
+    def _cut(self, name: str, array: np.ndarray, rows: Sequence[int]) -> list[Raw]:
+        """The raw tensors of one output, for each request its own."""
+        stops = list(accumulate(rows))
+        bounds = zip([0, *stops], stops, strict=False)
+        if not self._interface.outputs[name].dtype.itemsize:
+            return [tensors.to_buffer(array[start:stop]) for start, stop in bounds]
+        data = tensors.to_buffer(array)
+        row_bytes = len(data) // stops[-1]
+        flat = data if isinstance(data, bytes) else memoryview(data)  # type: ignore[arg-type] # as `Raw` says
+        return [flat[start * row_bytes : stop * row_bytes] for start, stop in bounds]
+
+    def _head(self, names: tuple[str, ...], shapes: Sequence[tuple[int, ...]]) -> bytes:
+        """The answer without its id and its raw tensors."""
+        key = (names, *shapes)
+        head = self._heads.get(key)
+        if head is None:
+            interface = self._interface
+            response = ModelInferResponse(model_name=interface.name, model_version=interface.version)
+            for name, shape in zip(names, shapes, strict=True):
+                response.outputs.add(name=name, datatype=interface.outputs[name].dtype.name, shape=shape)
+            if len(self._heads) >= HEADS_MAX:
+                self._heads.clear()
+            head = self._heads[key] = response.SerializeToString()
         return head
+
+
+def _id_field(request_id: str) -> bytes:
+    encoded = request_id.encode()
+    return wire.length_delimited(_ID_FIELD, len(encoded)) + encoded
+
+
+def _raw_prefixes(raws: Sequence[Raw], *, same_sizes: bool) -> Iterable[bytes]:
+    """What goes before each raw tensor."""
+    if same_sizes:
+        return repeat(wire.length_delimited(_RAW_FIELD, len(raws[0])), len(raws))
+    return [wire.length_delimited(_RAW_FIELD, len(raw)) for raw in raws]
