@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod answer;
+mod authority;
 mod call;
 mod compression;
 mod connection;

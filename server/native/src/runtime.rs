@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
 use crate::answer;
+use crate::authority::Authority;
 use crate::connection::{self, Handle, Handshake};
 use crate::listen::{ACCEPT_PAUSE, Listener, Peer, Socket, bind};
 use crate::shared::{Client, Counted, Item, Key, Shared, code, lock};
@@ -151,12 +152,14 @@ async fn serve(
     lock(&handles).insert(id, Arc::clone(&handle));
     let until = Instant::now() + shared.options.handshake_timeout;
     let handshake = Handshake { until, _counted: Counted::new(&shared.gauges.handshakes) };
+    let is_unix = matches!(socket, Socket::Unix(_));
     let mut client = Client { address: peer.text, names: Vec::new(), credentials: peer.credentials };
     match acceptor {
-        None => connection::serve(Arc::clone(&shared), id, client, handle, socket, handshake).await,
+        None => connection::serve(Arc::clone(&shared), id, client, handle, Authority::new(socket, is_unix), handshake).await,
         Some(acceptor) => {
             if let Ok(Ok(stream)) = timeout_at(until, acceptor.accept(socket)).await {
                 client.names = peer_names(stream.get_ref().1);
+                let stream = Authority::new(stream, is_unix);
                 connection::serve(Arc::clone(&shared), id, client, handle, stream, handshake).await;
             }
         }
