@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import TYPE_CHECKING
 
@@ -64,9 +63,13 @@ class ServedModel:
         took its place.
         """
         for request in requests:
-            request.call.on_cancel = functools.partial(self._cancel, request)
-        late = []
-        for request, error in zip(requests, self.queue.offer_many(requests), strict=True):
+            request.model = self
+            request.call.on_cancel = request.cancel
+        errors = self.queue.offer_many(requests)
+        late: list[InferRequest] = []
+        if not any(errors):
+            return late
+        for request, error in zip(requests, errors, strict=True):
             if error is None:
                 continue
             if isinstance(error, Draining):
@@ -74,6 +77,12 @@ class ServedModel:
             else:
                 self._refuse(request, error)
         return late
+
+    def cancel(self, request: InferRequest) -> None:
+        """Take a request out of the queue, unless it runs or has ended."""
+        if self.queue.cancel(request):
+            total_ns = time.monotonic_ns() - request.call.received_ns
+            self.statistics.record_failure(FailureReason.CANCELED, total_ns=total_ns)
 
     def drain(self) -> None:
         """Refuse new requests; what is queued is still run."""
@@ -90,11 +99,6 @@ class ServedModel:
                 return False
         self._timer.unregister(self.queue)
         return True
-
-    def _cancel(self, request: InferRequest) -> None:
-        if self.queue.cancel(request):
-            total_ns = time.monotonic_ns() - request.call.received_ns
-            self.statistics.record_failure(FailureReason.CANCELED, total_ns=total_ns)
 
     def _refuse(self, request: InferRequest, error: BatchingError) -> None:
         name = self.interface.name

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from sluice_server.execution.model import ServedModel
     from sluice_server.transport.call import Call
 
 
@@ -18,10 +19,12 @@ class InferRequest(Request):
     """A validated request. `arrays` are read-only views over the received message, by the graph's input names.
 
     Each array has the model's own shape, the batch dimension included when the model batches. `output_names` are
-    the outputs to compute and return, in the order of the answer.
+    the outputs to compute and return, in the order of the answer. `model` is the version that last got it.
     """
 
-    __slots__ = ("arrays", "call", "id", "output_names")
+    __slots__ = ("arrays", "call", "id", "model", "output_names")
+
+    model: ServedModel
 
     def __init__(
         self,
@@ -44,3 +47,7 @@ class InferRequest(Request):
         self.id = request_id
         self.arrays = arrays
         self.output_names = output_names
+
+    def cancel(self) -> None:
+        """Take the request out of its model's queue if it still waits there: its client has left."""
+        self.model.cancel(self)
