@@ -155,7 +155,9 @@ async fn serve(
     let is_unix = matches!(socket, Socket::Unix(_));
     let mut client = Client { address: peer.text, names: Vec::new(), credentials: peer.credentials };
     match acceptor {
-        None => connection::serve(Arc::clone(&shared), id, client, handle, Authority::new(socket, is_unix), handshake).await,
+        None => {
+            connection::serve(Arc::clone(&shared), id, client, handle, Authority::new(socket, is_unix), handshake).await
+        }
         Some(acceptor) => {
             if let Ok(Ok(stream)) = timeout_at(until, acceptor.accept(socket)).await {
                 client.names = peer_names(stream.get_ref().1);
