@@ -73,6 +73,10 @@ class RecordingCall(Call):
     def peer(self) -> str:
         return self._peer
 
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        return ()
+
     def reply(self, parts: Sequence[Buffer]) -> None:
         self._end(OK, b"".join(parts))
 
@@ -110,6 +114,10 @@ class RecordingStream(Stream):
     @property
     def peer(self) -> str:
         return "ipv4:127.0.0.1:1"
+
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        return ()
 
     def message(self, message: bytes | None) -> RecordingCall:
         """A message of this stream, as a transport hands it up."""

@@ -90,6 +90,11 @@ class StreamedRequest(Call):
         """The client's address."""
         return self._owner.stream.peer
 
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """The names in the client's certificate."""
+        return self._owner.stream.peer_names
+
     def reply(self, parts: Sequence[Buffer]) -> None:
         """Answer in turn; `parts` are those of a ModelInferResponse."""
         if asks_for_final_mark(self.message):

@@ -46,6 +46,11 @@ class TracedCall(Call):
         """The client's address."""
         return self._call.peer
 
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """The names in the client's certificate."""
+        return self._call.peer_names
+
     def describe(self, **facts: Any) -> None:
         """Add what the spans tell: the keyword arguments of `RequestTrace.finish`, as they become known."""
         self._facts.update(facts)

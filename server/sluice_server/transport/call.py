@@ -70,6 +70,11 @@ class Stream(ABC):
     def peer(self) -> str:
         """The client's address, as for a call."""
 
+    @property
+    @abstractmethod
+    def peer_names(self) -> tuple[str, ...]:
+        """The names in the client's certificate, as for a call."""
+
     @abstractmethod
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send one message, which `parts` make up when joined; from any thread."""
@@ -109,6 +114,11 @@ class Call(ABC):
     @abstractmethod
     def peer(self) -> str:
         """The client's address, e.g. `ipv4:127.0.0.1:4711` or `unix:`."""
+
+    @property
+    @abstractmethod
+    def peer_names(self) -> tuple[str, ...]:
+        """The names in the client's certificate, e.g. `cn:NAME` and `dns:NAME`; empty when it has shown none."""
 
     def describe(self, **facts: Any) -> None:  # noqa: B027 - doing nothing is right for a call that is not sampled
         """Tell what became of the request, for its trace; a call that is not sampled has nobody to tell."""

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from sluice_server.transport.call import Metadata
 
 
+_NAME_KINDS = {"x509_common_name": "cn", "peer_dns": "dns", "peer_uri": "uri", "peer_email": "email", "peer_ip": "ip"}
+"""C core's properties of a peer, and what its names are called here."""
+
+
 class Loop(Protocol):
     """What calls need of their transport."""
 
@@ -61,6 +65,11 @@ class GrpcioCall(Call):
     def peer(self) -> str:
         """The client's address as gRPC writes it."""
         return str(self._context.peer())
+
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """The names in the client's certificate."""
+        return _peer_names(self._context)
 
     def reply(self, parts: Sequence[Buffer]) -> None:
         """End the call with a message; the parts are joined here, on the caller's thread."""
@@ -115,6 +124,11 @@ class GrpcioStream(Stream):
     def peer(self) -> str:
         """The client's address as gRPC writes it."""
         return str(self._context.peer())
+
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """The names in the client's certificate."""
+        return _peer_names(self._context)
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send one message; the parts are joined here, on the caller's thread."""
@@ -173,6 +187,11 @@ class GrpcioMessage(Call):
         """The client's address as gRPC writes it."""
         return self.stream.peer
 
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """The names in the client's certificate."""
+        return self.stream.peer_names
+
     def reply(self, parts: Sequence[Buffer]) -> None:
         """Send one message; the stream goes on."""
         self.stream.send(parts)
@@ -189,3 +208,12 @@ def _deadline_ns(context: Any, now_ns: int) -> int:
 
 def _metadata(context: Any) -> Metadata:
     return tuple((key, value) for key, value in context.invocation_metadata())
+
+
+def _peer_names(context: Any) -> tuple[str, ...]:
+    properties = context.auth_context()
+    return tuple(
+        f"{kind}:{name.decode(errors='replace')}"
+        for property_name, kind in _NAME_KINDS.items()
+        for name in properties.get(property_name, ())
+    )

@@ -46,7 +46,7 @@ class NativeTransport:
         held_bytes_max: int = HELD_BYTES_MAX,
     ) -> None:
         """`methods` maps the path of each RPC to whether it streams; ImportError without the extension."""
-        import sluice_native  # noqa: PLC0415 - an installation without it has the other transport
+        import sluice_native  # an installation without it has the other transport
 
         self._handler = handler
         self._address = options.address
@@ -95,8 +95,8 @@ class NativeTransport:
             calls, left, notices = taken
             for notice in notices:
                 logger.warning(notice)
-            for on_cancel in left:
-                on_cancel()
+            while left:
+                left.pop(0)()
             if calls:
                 self._handler(cast("list[Call]", calls))
             # Nothing of the list may stay alive while this thread waits for the next one.
