@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 NATIVE := server/native
 NATIVE_SOURCES := $(wildcard $(addprefix $(NATIVE)/,src/*.rs src/*/*.rs Cargo.toml Cargo.lock pyproject.toml))
 CARGO := $(shell command -v cargo)
-# Cargo on the crate; PyO3 asks this Python what to build for.
-CRATE := cd $(NATIVE) && PYO3_PYTHON="$(CURDIR)/$(BIN)/python"
+# Cargo on the crate without any Python: its own tests call none, and need none to be linked with.
+CRATE := cd $(NATIVE) && PYO3_NO_PYTHON=1 PYO3_BUILD_EXTENSION_MODULE=1
 MODELS := deploy/models
 SERVE_FLAGS ?=
 
