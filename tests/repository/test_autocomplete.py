@@ -1,5 +1,7 @@
 """What a configuration becomes: defaults, auto-complete from the model file, and the errors of both families."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from sluice_proto.tensors import BY_NAME
 from sluice_server.graph import GraphSignature, TensorSpec
-from sluice_server.repository.autocomplete import complete, normalize
+from sluice_server.repository.autocomplete import DEFAULT_MAX_BATCH_SIZE, complete, normalize
 from sluice_server.repository.config import parse_text
 from sluice_server.repository.describe import explain
 from sluice_server.repository.errors import ConfigError, ModelLoadError
@@ -29,9 +31,20 @@ X = ' input { name: "X" data_type: TYPE_FP32 dims: 64 } '
 P = ' output { name: "p" data_type: TYPE_FP32 dims: 10 } '
 
 
-def completed(text: str | None, signature: GraphSignature = BATCHING, **options: object) -> ModelConfig:
-    written = None if text is None else parse_text(text, "config.pbtxt")
-    return complete(written, signature, name="m", **options)  # type: ignore[arg-type]
+def both_steps(
+    written: ModelConfig | None,
+    signature: GraphSignature = BATCHING,
+    *,
+    auto_complete: bool = True,
+    gpu_available: bool = False,
+    default: int = DEFAULT_MAX_BATCH_SIZE,
+) -> ModelConfig:
+    config = normalize(written, name="m", auto_complete=auto_complete, gpu_available=gpu_available)
+    return complete(config, signature, auto_complete=auto_complete, default_max_batch_size=default)
+
+
+def completed(text: str | None, signature: GraphSignature = BATCHING, **options: Any) -> ModelConfig:
+    return both_steps(None if text is None else parse_text(text, "config.pbtxt"), signature, **options)
 
 
 def test_without_a_config_a_batching_model_gets_batch_size_4_the_batcher_and_every_default() -> None:
@@ -87,7 +100,7 @@ def test_only_the_missing_list_of_tensors_is_filled() -> None:
 def test_an_explicit_batch_size_is_kept_and_the_batcher_needs_more_than_1(
     text: str, default: int, size: int, batcher: bool
 ) -> None:
-    config = completed(text, default_max_batch_size=default)
+    config = completed(text, default=default)
     assert config.max_batch_size == size
     assert config.HasField("dynamic_batching") == batcher
     assert list(config.input[0].dims) == ([64] if size else [-1, 64])
@@ -113,7 +126,7 @@ def test_a_scalar_is_listed_as_one_element_and_a_vector_of_a_batching_model_too(
     assert config.max_batch_size == 4
     assert (list(config.output[0].dims), config.output[0].HasField("reshape")) == ([1], True)
     assert unit_tensors(config, vector) == {"label"}
-    assert complete(config, vector, name="m") == config
+    assert both_steps(config, vector) == config
 
 
 def test_inputs_with_a_value_in_the_file_are_served_only_when_the_config_lists_them() -> None:
@@ -173,8 +186,11 @@ def test_what_is_written_stays_as_it_is_written() -> None:
 def test_neither_step_changes_what_it_is_given() -> None:
     written = parse_text("max_batch_size: 2", "")
     before = ModelConfig.FromString(written.SerializeToString())
-    complete(written, BATCHING, name="m")
+    config = normalize(written, name="m")
     assert written == before
+    before = ModelConfig.FromString(config.SerializeToString())
+    complete(config, BATCHING)
+    assert config == before
 
 
 @pytest.mark.parametrize(
@@ -222,12 +238,11 @@ def test_a_wrong_configuration_is_a_config_error_before_the_model_file_is_opened
     text: str, facts: tuple[str, ...]
 ) -> None:
     written = parse_text(text, "config.pbtxt")
-    for attempt in (normalize, lambda config, **options: complete(config, BATCHING, **options)):
-        with pytest.raises(ConfigError) as caught:
-            attempt(written, name="m", gpu_available=True)
-        assert caught.value.model == "m"
-        for fact in facts:
-            assert fact in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        normalize(written, name="m", gpu_available=True)
+    assert caught.value.model == "m"
+    for fact in facts:
+        assert fact in str(caught.value)
 
 
 def test_rules_that_depend_on_completion_are_checked_after_it() -> None:
@@ -390,12 +405,12 @@ def test_completing_a_completed_config_changes_nothing(
 ) -> None:
     written = parse_text("\n".join(parts), "")
     try:
-        once = complete(written, signature, name="m", default_max_batch_size=default, gpu_available=gpu)
+        once = both_steps(written, signature, default=default, gpu_available=gpu)
     except ModelLoadError:
         assert written.max_batch_size
         assert not signature.batchable
         return
-    assert complete(once, signature, name="m", default_max_batch_size=default, gpu_available=gpu) == once
-    assert complete(once, signature, name="m", auto_complete=False, gpu_available=gpu) == once
+    assert both_steps(once, signature, default=default, gpu_available=gpu) == once
+    assert both_steps(once, signature, auto_complete=False, gpu_available=gpu) == once
     assert all(tensor.dims for tensor in (*once.input, *once.output))
     assert explain(written, once, signature)

@@ -1,7 +1,7 @@
 """What `sluice check` says of a model, sentence by sentence."""
 
 from sluice_server.graph import GraphSignature, TensorSpec
-from sluice_server.repository.autocomplete import complete
+from sluice_server.repository.autocomplete import complete, normalize
 from sluice_server.repository.config import parse_text
 from sluice_server.repository.describe import explain
 
@@ -10,7 +10,7 @@ MLP = GraphSignature((TensorSpec("X", "FP32", (-1, 64)),), (TensorSpec("p", "FP3
 
 def lines(text: str | None, signature: GraphSignature) -> list[str]:
     written = None if text is None else parse_text(text, "")
-    return explain(written, complete(written, signature, name="m"), signature)
+    return explain(written, complete(normalize(written, name="m"), signature), signature)
 
 
 def test_a_model_without_config_is_explained_from_its_file() -> None:

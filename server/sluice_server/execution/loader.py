@@ -93,8 +93,7 @@ def prepare(
     """Open one version. Raises ConfigError for what is written, ModelLoadError, BackendError or InvalidArgument
     (providers, options) for what does not fit the model file or the machine.
     """
-    gpu_available = host.has_cuda
-    config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=gpu_available)
+    config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=host.has_cuda)
     path = directory.model_file(version, config.default_model_filename)
     groups = []
     for device, count, kind, name in _placements(config):
@@ -112,12 +111,10 @@ def prepare(
         session = Session(path, options, providers.choices, allow_fallback=settings.allow_provider_fallback)
         groups.append(DeviceGroup(device, session, threads, options, providers))
     completed = complete(
-        written,
+        config,
         groups[0].session.signature,
-        name=directory.name,
         auto_complete=settings.auto_complete,
         default_max_batch_size=settings.default_max_batch_size,
-        gpu_available=gpu_available,
     )
     return PreparedModel(completed, tuple(groups))
 

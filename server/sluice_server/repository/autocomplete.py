@@ -68,21 +68,21 @@ def normalize(
 
 
 def complete(
-    config: ModelConfig | None,
+    normalized: ModelConfig,
     signature: GraphSignature,
     *,
-    name: str,
     auto_complete: bool = True,
     default_max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
-    gpu_available: bool = False,
 ) -> ModelConfig:
-    """Give the whole configuration as ModelConfig reports it: `config`, defaults, and what the model file says.
+    """Give the whole configuration as ModelConfig reports it: what `normalize` gave, and what the model file says.
 
     `default_max_batch_size` is what a model that can batch gets when the configuration names no size (0: none).
     Inputs that have a value in the file are left out unless the configuration lists them.
-    Raises ConfigError as `normalize` does, and ModelLoadError when the configuration and the model file disagree.
+    Raises ConfigError for what is wrong with the configuration once it is complete, and ModelLoadError when the
+    configuration and the model file disagree.
     """
-    filled = normalize(config, name=name, auto_complete=auto_complete, gpu_available=gpu_available)
+    filled = ModelConfig()
+    filled.CopyFrom(normalized)
     if auto_complete and needs_tensors(filled):
         _fill_batching(filled, signature, default_max_batch_size)
         batch_dims = 1 if filled.max_batch_size else 0
@@ -90,8 +90,8 @@ def complete(
             if not tensors:
                 for spec in specs:
                     if not spec.optional:
-                        _fill_tensor(tensors.add(), spec, batch_dims, name)
-        check_config(filled, name)
+                        _fill_tensor(tensors.add(), spec, batch_dims, filled.name)
+        check_config(filled, filled.name)
     check_graph(filled, signature)
     return filled
 
