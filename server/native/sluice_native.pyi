@@ -1,4 +1,4 @@
-"""The native transport's extension module, as sluice_server.transport.native uses it."""
+# The native transport's extension module, as sluice_server.transport.native uses it.
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,8 +8,7 @@ from typing_extensions import Buffer
 __version__: str
 
 class Stream:
-    """One bidirectional stream; see sluice_server.transport.call.Stream."""
-
+    # sluice_server.transport.call.Stream
     @property
     def method(self) -> str: ...
     @property
@@ -28,8 +27,7 @@ class Stream:
     def finish(self, status: Any = None) -> None: ...
 
 class Call:
-    """One unary RPC, or one message of a stream; see sluice_server.transport.call.Call."""
-
+    # sluice_server.transport.call.Call
     sampled: bool
     @property
     def method(self) -> str: ...
@@ -55,8 +53,6 @@ class Call:
     def fail(self, status: Any) -> None: ...
 
 class Server:
-    """One listening server: `start`, `take` in one thread, `stop`."""
-
     def __init__(
         self,
         options: Any,

@@ -29,10 +29,14 @@ class Code(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How a call ended: a code and, unless it is OK, a message for the client."""
+    """How a call ended: a code and, unless it is OK, a message for the client.
+
+    `trailers` go with it, as metadata: lower-case keys, `bytes` for those that end in `-bin`, else printable ASCII.
+    """
 
     code: Code
     message: str = ""
+    trailers: tuple[tuple[str, str | bytes], ...] = ()
 
 
 OK = Status(Code.OK)

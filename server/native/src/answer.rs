@@ -6,14 +6,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use h2::SendStream;
 use h2::server::SendResponse;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use tokio::sync::Semaphore;
 
 use crate::compression::{ACCEPTED, Encoding};
 use crate::headers::percent_encode;
-use crate::shared::{Answer, Body, CallState, Connection, End, Key, Open, Shared, code, lock};
+use crate::shared::{Answer, Body, CallState, Connection, End, Key, Open, Shared, Trailers, code, lock};
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
@@ -99,7 +98,7 @@ pub fn end_by_transport(shared: &Shared, key: Key, code: u32, message: &str) {
     if let Some(open) = open {
         shared.count(open.call.method, code);
         let call = Arc::clone(&open.call);
-        finish(open, code, message);
+        finish(open, code, message, None);
         shared.closed(call);
     }
 }
@@ -116,16 +115,16 @@ fn carry_out(shared: &Shared, end: End) {
             if let Some(mut open) = open {
                 shared.count(open.call.method, code::OK);
                 send(&mut open, body);
-                finish(open, code::OK, "");
+                finish(open, code::OK, "", None);
                 shared.grew_quieter();
             }
         }
-        End::Finish(key, code, message) => {
+        End::Finish(key, code, message, trailers) => {
             let open = lock(&shared.calls).remove(&key);
             if let Some(open) = open {
                 shared.count(open.call.method, code);
                 open.call.end_reading();
-                finish(open, code, &message);
+                finish(open, code, &message, trailers);
                 shared.grew_quieter();
             }
         }
@@ -157,21 +156,23 @@ fn send(open: &mut Open, body: Body) {
 }
 
 /// Sends the status and ends the stream.
-fn finish(open: Open, code: u32, message: &str) {
+fn finish(open: Open, code: u32, message: &str, trailers: Trailers) {
     match open.answer {
-        Answer::Messages(stream) => send_trailers(stream, code, message),
-        Answer::Response(response) => refuse(response, code, message),
+        Answer::Messages(mut stream) => {
+            let trailers = if code == code::OK { OK_TRAILERS.clone() } else { status(code, message, trailers) };
+            drop(stream.send_trailers(trailers));
+        }
+        Answer::Response(response) => refuse_with(response, code, message, trailers),
     }
 }
 
-fn send_trailers(mut stream: SendStream<Bytes>, code: u32, message: &str) {
-    let trailers = if code == code::OK { OK_TRAILERS.clone() } else { status(code, message) };
-    drop(stream.send_trailers(trailers));
+/// Answers with a status and nothing else: gRPC's Trailers-Only.
+pub fn refuse(response: SendResponse<Bytes>, code: u32, message: &str) {
+    refuse_with(response, code, message, None);
 }
 
-/// Answers with a status and nothing else: gRPC's Trailers-Only.
-pub fn refuse(mut response: SendResponse<Bytes>, code: u32, message: &str) {
-    let mut headers = status(code, message);
+fn refuse_with(mut response: SendResponse<Bytes>, code: u32, message: &str, trailers: Trailers) {
+    let mut headers = status(code, message, trailers);
     headers.insert(header::CONTENT_TYPE, CONTENT_TYPE_GRPC);
     if code == code::UNIMPLEMENTED {
         // For a client that used an encoding that is not known here.
@@ -200,8 +201,8 @@ fn head(call: &CallState) -> Response<()> {
     head
 }
 
-fn status(code: u32, message: &str) -> HeaderMap {
-    let mut headers = HeaderMap::with_capacity(4);
+fn status(code: u32, message: &str, trailers: Trailers) -> HeaderMap {
+    let mut headers = trailers.map_or_else(|| HeaderMap::with_capacity(4), |trailers| *trailers);
     headers.insert(GRPC_STATUS, HeaderValue::from(code));
     if !message.is_empty() {
         headers.insert(GRPC_MESSAGE, percent_encode(message));

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -13,8 +14,8 @@ use pyo3::{PyTraverseError, PyVisit};
 
 use crate::compression::{self, Encoding};
 use crate::framing::{PREFIX_BYTES, prefix};
-use crate::headers::{MetadataValue, metadata};
-use crate::shared::{Body, CallState, End, Held, Item, Shared, code, empty, lock};
+use crate::headers::{MetadataValue, encode_binary, metadata};
+use crate::shared::{Body, CallState, End, Held, Item, Shared, Trailers, code, empty, lock};
 
 /// Answers up to this size are copied into one piece; the pieces of larger ones are sent from where they are.
 const JOIN_BYTES_MAX: usize = 64 * 1024;
@@ -115,7 +116,7 @@ impl Call {
         if self.state.stream.is_some() {
             return Err(PyValueError::new_err("a stream is answered with Stream.send and Stream.finish"));
         }
-        let body = body(&self.shared, &self.state, parts)?;
+        let Some(body) = body(&self.shared, &self.state, parts)? else { return Ok(()) };
         self.state.ended.store(true, Ordering::Release);
         // The callback leads back to the call: without it, memory is freed at once and not by the collector.
         let callback = empty(&self.state.on_cancel);
@@ -220,7 +221,7 @@ impl Stream {
     }
 
     fn send(&self, parts: &Bound<'_, PyAny>) -> PyResult<()> {
-        let body = body(&self.shared, &self.call, parts)?;
+        let Some(body) = body(&self.shared, &self.call, parts)? else { return Ok(()) };
         self.shared.outbox.push(End::Send(self.call.key, body));
         Ok(())
     }
@@ -230,7 +231,7 @@ impl Stream {
         match status {
             Some(status) => end(&self.shared, &self.call, status),
             None => {
-                end_with(&self.shared, &self.call, code::OK, String::new());
+                end_with(&self.shared, &self.call, code::OK, String::new(), None);
                 Ok(())
             }
         }
@@ -282,16 +283,35 @@ fn end(shared: &Shared, call: &CallState, status: &Bound<'_, PyAny>) -> PyResult
         message = shared.fit_message.bind(status.py()).call1((message,))?;
     }
     let message: String = message.cast::<PyString>()?.to_string_lossy().into_owned();
-    end_with(shared, call, code, message);
+    end_with(shared, call, code, message, trailers(&status.getattr("trailers")?)?);
     Ok(())
 }
 
-fn end_with(shared: &Shared, call: &CallState, code: u32, message: String) {
+/// Reads the metadata of a status. ValueError for what no header can carry.
+fn trailers(metadata: &Bound<'_, PyAny>) -> PyResult<Trailers> {
+    if metadata.is_empty()? {
+        return Ok(None);
+    }
+    let mut headers = HeaderMap::new();
+    for entry in metadata.try_iter()? {
+        let (key, value): (String, Bound<'_, PyAny>) = entry?.extract()?;
+        let wrong = |_| PyValueError::new_err(format!("metadata {key:?} cannot be sent: {value:?}"));
+        let name = HeaderName::from_bytes(key.as_bytes()).map_err(|_| wrong(()))?;
+        let value = match value.cast::<PyBytes>() {
+            Ok(bytes) => HeaderValue::from_str(&encode_binary(bytes.as_bytes())).map_err(|_| wrong(()))?,
+            Err(_) => HeaderValue::from_str(&value.extract::<String>()?).map_err(|_| wrong(()))?,
+        };
+        headers.append(name, value);
+    }
+    Ok(Some(Box::new(headers)))
+}
+
+fn end_with(shared: &Shared, call: &CallState, code: u32, message: String, trailers: Trailers) {
     call.ended.store(true, Ordering::Release);
     let callback = empty(&call.on_cancel);
     drop(callback);
     forget_object(call);
-    shared.outbox.push(End::Finish(call.key, code, message));
+    shared.outbox.push(End::Finish(call.key, code, message, trailers));
 }
 
 fn metadata_tuple<'py>(py: Python<'py>, call: &CallState) -> PyResult<Bound<'py, PyTuple>> {
@@ -307,8 +327,9 @@ fn metadata_tuple<'py>(py: Python<'py>, call: &CallState) -> PyResult<Bound<'py,
     PyTuple::new(py, entries)
 }
 
-/// Joins the parts of an answer, or the small ones among them, behind gRPC's prefix.
-fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyResult<Body> {
+/// Joins the parts of an answer, or the small ones among them, behind gRPC's prefix. One that is too large ends the
+/// call instead.
+fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyResult<Option<Body>> {
     let mut pieces = Vec::with_capacity(4);
     let mut length = 0;
     for part in parts.try_iter()? {
@@ -316,14 +337,14 @@ fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyR
         length += piece.as_slice().len();
         pieces.push(piece);
     }
-    if length > shared.options.max_message_bytes {
-        return Err(PyValueError::new_err(format!(
-            "the answer has {length} bytes, and {} may be sent",
-            shared.options.max_message_bytes
-        )));
+    let limit = shared.options.max_message_bytes;
+    if length > limit {
+        let message = format!("the answer has {length} bytes, and {limit} may be sent");
+        end_with(shared, call, code::RESOURCE_EXHAUSTED, message, None);
+        return Ok(None);
     }
     if call.compression != Encoding::Identity {
-        return Ok(Body::One(compressed(parts.py(), shared, call.compression, pieces)));
+        return Ok(Some(Body::One(compressed(parts.py(), shared, call.compression, pieces))));
     }
     let mut joined = BytesMut::with_capacity(PREFIX_BYTES + length.min(JOIN_BYTES_MAX));
     joined.put_slice(&prefix(false, length));
@@ -331,7 +352,7 @@ fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyR
         for piece in &pieces {
             joined.put_slice(piece.as_slice());
         }
-        return Ok(Body::One(joined.freeze()));
+        return Ok(Some(Body::One(joined.freeze())));
     }
     let mut bodies = Vec::with_capacity(pieces.len() + 1);
     for piece in pieces {
@@ -347,7 +368,7 @@ fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyR
     if !joined.is_empty() {
         bodies.push(joined.freeze());
     }
-    Ok(Body::Many(bodies))
+    Ok(Some(Body::Many(bodies)))
 }
 
 fn compressed(py: Python<'_>, shared: &Shared, encoding: Encoding, pieces: Vec<Piece<'_>>) -> Bytes {

@@ -70,6 +70,11 @@ impl std::error::Error for BadMetadata {}
 
 /// The metadata among a request's headers, in the order of their keys' first appearance.
 ///
+/// A binary value as a header carries it.
+pub fn encode_binary(value: &[u8]) -> String {
+    BASE64.encode(value)
+}
+
 /// How large headers are as HTTP/2 counts them: with 32 bytes for each (RFC 9113, 6.5.2).
 pub fn list_bytes(headers: &HeaderMap) -> usize {
     headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()

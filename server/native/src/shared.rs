@@ -307,14 +307,17 @@ pub enum Body {
     Many(Vec<Bytes>),
 }
 
+/// Metadata that goes with a status; None mostly.
+pub type Trailers = Option<Box<HeaderMap>>;
+
 /// What comes down from Python.
 pub enum End {
     /// The one answer of a unary call.
     Reply(Key, Body),
     /// One message of a stream.
     Send(Key, Body),
-    /// A status, and the end of the call or the stream.
-    Finish(Key, u32, String),
+    /// A status with its message and metadata, and the end of the call or the stream.
+    Finish(Key, u32, String, Trailers),
 }
 
 /// Answers on their way to the transport's thread; the first of several wakes it.

@@ -206,7 +206,7 @@ class GrpcioTransport:
                 self._client_left(call)
                 raise
             if status.code is not Code.OK:
-                await context.abort(_CODES[status.code], fit_message(status.message))
+                await context.abort(_CODES[status.code], fit_message(status.message), status.trailers)
             return payload
 
         return behave
@@ -222,7 +222,7 @@ class GrpcioTransport:
                 reader.cancel()
                 self._client_left(stream)  # unless it has ended
             if status.code is not Code.OK:
-                await context.abort(_CODES[status.code], fit_message(status.message))
+                await context.abort(_CODES[status.code], fit_message(status.message), status.trailers)
 
         return behave
 
