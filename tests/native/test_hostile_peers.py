@@ -331,6 +331,17 @@ def test_a_client_that_takes_nothing_of_its_answers_is_closed(serve: Serve):
     served.nothing_is_left()
 
 
+def test_small_answers_that_are_not_taken_do_not_stay_either(serve: Serve):
+    served = serve(stall_timeout_s=SHORT_S)
+    with unharmed(served.target), memory_within(MEMORY_BYTES_MAX):
+        client = served.connect(settings={SettingCodes.INITIAL_WINDOW_SIZE: 0}).greeted()
+        for _ in range(1000):
+            client.call(ECHO, bytes(1000))
+        client.wait_closed()
+        assert client.goodbye is ErrorCodes.ENHANCE_YOUR_CALM
+    served.nothing_is_left()
+
+
 def test_a_client_that_does_not_read_its_socket_is_closed(serve: Serve):
     served = serve(stall_timeout_s=SHORT_S)
     with unharmed(served.target), memory_within(2 * MEMORY_BYTES_MAX):

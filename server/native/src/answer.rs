@@ -20,9 +20,9 @@ const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 const CONTENT_TYPE_GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 
-/// Pieces of an answer from this size on are counted while HTTP/2 holds them; smaller ones are bounded by the number
-/// of streams.
-const COUNTED_BYTES_MIN: usize = 4096;
+/// Pieces of an answer from this size on are counted while HTTP/2 holds them, and a client that takes none of them is
+/// closed. Smaller ones cost less than the streams that they wait in, whose number is bounded.
+const COUNTED_BYTES_MIN: usize = 256;
 
 /// Past its deadline a call is ended here. The server's own answer, which knows more, has so long to come first.
 const DEADLINE_GRACE: Duration = Duration::from_millis(10);
