@@ -8,7 +8,7 @@ import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Measured:
     """One finished load: all of its requests succeeded."""
 
     requests: int
-    elapsed_s: float
+    requests_per_s: float
     p50_ms: float
     p99_ms: float
     generator_cpu_s: float
@@ -105,12 +105,28 @@ def parse_report(output: str) -> Report:
     return Report(elapsed_s, int(requests[1]), int(requests[2]), int(traffic[1]))
 
 
-def parse_log(lines: Iterable[str]) -> list[int]:
-    """The microseconds of all requests, in ascending order, from the lines of --log-file.
+def parse_log(lines: Iterable[str]) -> tuple[list[int], list[int]]:
+    """When all requests ended and how long they took, in microseconds, each in ascending order, from --log-file.
 
     A line is: start in microseconds since the epoch, HTTP status (-1: failed), microseconds until the end.
     """
-    return sorted(int(line.split("\t")[2]) for line in lines)
+    ends_us, latencies_us = [], []
+    for line in lines:
+        start, _, latency = line.split("\t")
+        latencies_us.append(int(latency))
+        ends_us.append(int(start) + int(latency))
+    return sorted(ends_us), sorted(latencies_us)
+
+
+def steady_rate(ends_us: Sequence[int], in_flight: int, elapsed_s: float) -> float:
+    """Requests/s between the first answers, while connections are still being made, and the last, when streams run out.
+
+    As many at either end as are in flight; over all the time when they are most of the load.
+    """
+    counted = len(ends_us) - 2 * in_flight
+    if counted < in_flight:
+        return len(ends_us) / elapsed_s
+    return counted / max(1, ends_us[-1 - in_flight] - ends_us[in_flight - 1]) * 1e6
 
 
 def check(report: Report, requests: int, reply_bytes: int) -> None:
@@ -143,9 +159,10 @@ def run(port: int, method: str, message: bytes, reply_bytes: int, load: Load, re
     report = parse_report(done.stdout)
     check(report, requests, reply_bytes)
     with log.open() as lines:
-        latencies_us = parse_log(lines)
+        ends_us, latencies_us = parse_log(lines)
     p50_us, p99_us = quantile(latencies_us, 0.5), quantile(latencies_us, 0.99)
-    return Measured(requests, report.elapsed_s, p50_us / 1e3, p99_us / 1e3, generator_cpu_s)
+    requests_per_s = steady_rate(ends_us, load.in_flight, report.elapsed_s)
+    return Measured(requests, requests_per_s, p50_us / 1e3, p99_us / 1e3, generator_cpu_s)
 
 
 def _children_cpu_s() -> float:

@@ -99,7 +99,7 @@ class ServerMeasurement(Measurement):
         self._probe()
         mean_batch_rows = mean_batch(before, self.counters(), requests=count + 2)  # the probes are requests too
         return Sample(
-            requests_per_s=count / done.elapsed_s,
+            requests_per_s=done.requests_per_s,
             cpu_us_per_request=cpu_s / count * 1e6,
             p50_ms=done.p50_ms,
             p99_ms=done.p99_ms,

@@ -35,8 +35,19 @@ def test_output_without_a_report_is_shown() -> None:
         h2load.parse_report("could not connect to host")
 
 
-def test_latencies_are_sorted() -> None:
-    assert h2load.parse_log(["1700000000000000\t200\t900\n", "1700000000000100\t200\t450\n"]) == [450, 900]
+def test_ends_and_latencies_are_sorted() -> None:
+    lines = ["1700000000000000\t200\t900\n", "1700000000000100\t200\t450\n"]
+    assert h2load.parse_log(lines) == ([1700000000000550, 1700000000000900], [450, 900])
+
+
+def test_the_rate_leaves_out_a_slow_beginning_and_end() -> None:
+    steady = list(range(1_000_000, 2_000_000, 1000))
+    ends = [500_000, 1_000_000 - 1000, *steady, 5_000_000, 9_000_000]
+    assert h2load.steady_rate(ends, in_flight=2, elapsed_s=9.0) == pytest.approx(1000)
+
+
+def test_the_rate_of_a_few_requests_is_over_all_the_time() -> None:
+    assert h2load.steady_rate([1, 2, 3, 4, 5], in_flight=2, elapsed_s=0.5) == 10
 
 
 def test_all_requests_answered_with_a_message_are_a_success() -> None:
