@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 import ssl
 import threading
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 SHORT_S = 0.3
 """A time limit that is to run out; an honest exchange here takes a few milliseconds."""
+
+UNPACKED_BYTES = 64 << 20
+"""Takes a good while to unpack, and 64 KiB when packed."""
 
 AUTHORITY = trustme.CA()
 
@@ -162,6 +166,25 @@ def test_an_answer_that_comes_after_its_client_has_gone_is_of_no_consequence(ser
         served.answering.release()
     assert served.transport.outcomes()[HOLD, Code.CANCELLED] == 1
     assert (HOLD, Code.OK) not in served.transport.outcomes()
+
+
+@pytest.mark.parametrize("ends", ["with a reset", "with its connection"])
+def test_a_client_that_leaves_while_its_message_is_unpacked_leaves_nothing(serve: Serve, ends: str):
+    served = serve()
+    packed = message(gzip.compress(bytes(UNPACKED_BYTES)), flag=1)
+    with unharmed(served.target):
+        client = served.connect().greeted()
+        for _ in range(10):
+            stream = client.open(HOLD, ("grpc-encoding", "gzip"))
+            client.data(stream, packed, end=True)
+            if ends == "with a reset":
+                client.reset(stream)
+        eventually(lambda: served.counts()["reading"] > 5, "the messages are being unpacked")
+        client.vanish()
+        served.wait_for(reading=0, calls=0, connections=1)
+    eventually(lambda: len(served.answering.cancelled) == len(served.answering.held), "who got one was told")
+    served.nothing_is_left()
+    assert served.transport.outcomes()[HOLD, Code.CANCELLED] == 10
 
 
 # Keepalive
