@@ -1,10 +1,11 @@
 //! Makes the `:authority` of clients on Unix sockets one that HTTP knows: gRPC's C core sends the socket's path with
-//! %2F for its slashes, and the `http` crate takes no percent sign there and ends the stream.
+//! %2F for its slashes, and the `http` crate takes no percent sign there and ends the stream. Nor does it take colons,
+//! at signs and brackets that make no port, user or IPv6 address, which C core leaves as they are in the path.
 //!
-//! The bytes are patched as they pass, without a change of length: in an `:authority` value a percent sign becomes a
-//! dot. In Huffman's code (RFC 7541, appendix B) `%` is 010101 and `.` is 010111, so that one bit tells them apart; the
-//! entry that goes to HPACK's dynamic table keeps its size, and both sides keep the same table. The only other code that
-//! begins like it, 010100, is a space, which no authority may have.
+//! The bytes are patched as they pass, without a change of length: in an `:authority` value these become dots. In
+//! Huffman's code (RFC 7541, appendix B) only percent signs do, as C core does not use it: `%` is 010101 and `.` is
+//! 010111, so that one bit tells them apart. The only other code that begins like it, 010100, is a space, which no
+//! authority may have. The entry that goes to HPACK's dynamic table keeps its size, and both sides keep the same table.
 //!
 //! Invariants: nothing but values of `:authority` is changed; bytes may be cut anywhere; nothing is allocated.
 
@@ -34,6 +35,9 @@ const AUTHORITY: u8 = 1;
 /// The same spelled out, as gRPC's C core has it, and in Huffman's code.
 const NAME: &[u8] = b":authority";
 const HUFFMAN_NAME: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
+
+/// What C core may send of a path, and the `http` crate may refuse.
+const REFUSED: &[u8] = b"%:@[]";
 
 /// How many of Huffman's codes have each length, from 5 bits (RFC 7541, appendix B). The code is canonical: codes of one
 /// length follow each other, and the first of the next length follows the last of these.
@@ -133,7 +137,7 @@ impl Block {
             Self::Bytes { strings, huffman, left, mut code } => {
                 match (strings, huffman) {
                     (Strings::Authority, true) => code.patch(byte),
-                    (Strings::Authority, false) if *byte == b'%' => *byte = b'.',
+                    (Strings::Authority, false) if REFUSED.contains(byte) => *byte = b'.',
                     _ => {}
                 }
                 match left {
@@ -414,6 +418,17 @@ mod tests {
     }
 
     #[test]
+    fn what_c_core_leaves_in_a_path_becomes_an_authority_that_http_takes() {
+        for path in ["pci-0000:00:1f.2%2Fs", "tmp%2F[s", "tmp%2Fs]", "tmp%2Fs@", "a@[b:c%20", "-._~!$&'()*+,;=%2F"] {
+            assert!(path.parse::<http::uri::Authority>().is_err());
+            let block = [&[0x40, NAME.len() as u8], NAME, &[path.len() as u8], path.as_bytes()].concat();
+            let patched = patched(&[frame(HEADERS, 4, &block)]);
+            let value = &patched[patched.len() - path.len()..];
+            assert!(http::uri::Authority::try_from(value).is_ok(), "{path}");
+        }
+    }
+
+    #[test]
     fn a_long_authority_is_patched_to_its_end() {
         let long = vec![b'%'; 1000];
         // 127 in the first byte, then 1000 - 127 in groups of seven bits.
@@ -480,7 +495,7 @@ mod tests {
             prop_assert_eq!(&frames[frames.len() - 10..], &frame(DATA, 1, b"%")[..]);
             // Bits are only set, and bytes of strings that are not compressed only become dots.
             junk.copy_from_slice(&frames[PREFACE_BYTES + HEADER_BYTES..frames.len() - 10]);
-            prop_assert!(before.iter().zip(&junk).all(|(&was, &is)| was | is == is || (was, is) == (b'%', b'.')));
+            prop_assert!(before.iter().zip(&junk).all(|(&was, &is)| was | is == is || REFUSED.contains(&was) && is == b'.'));
         }
     }
 }
