@@ -246,6 +246,14 @@ def test_calls_that_outlast_the_grace_of_their_connection_are_cut(serve: Serve):
     eventually(lambda: served.answering.cancelled == [HOLD], "who held the call was told")
 
 
+def test_an_idle_connection_of_age_ends_although_its_client_has_vanished(serve: Serve):
+    served = serve(max_connection_age_s=0.1, keepalive_timeout_s=SHORT_S)
+    client = served.connect(answer_pings=False).greeted()
+    client.wait(lambda: client.goaways, "the connection is of age")
+    client.wait_closed()
+    served.nothing_is_left()
+
+
 def test_a_client_library_notices_nothing_of_age(serve: Serve):
     served = serve(max_connection_age_s=0.1, max_connection_age_grace_s=PATIENCE_S)
     with grpc.insecure_channel(served.target) as channel:

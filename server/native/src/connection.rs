@@ -47,6 +47,10 @@ const RESETS_REMEMBERED_MAX: usize = 1024;
 /// What a client must take in a stall timeout while answers wait for it: more than our control frames make.
 const PROGRESS_BYTES_MIN: u64 = 4096;
 
+/// Between our pings once there were `max_pings_without_data`: as in gRPC's C core, fewer, and not none, or a client
+/// that vanishes in a long call would not be found out.
+const PINGS_APART_WITHOUT_DATA: Duration = Duration::from_secs(60);
+
 /// How long a connection that is being closed may take for its last frames.
 const LAST_FRAMES: Duration = Duration::from_secs(1);
 
@@ -120,6 +124,13 @@ fn builder(options: &Options) -> h2::server::Builder {
     builder
 }
 
+/// A connection that was sent GOAWAY, with time for its calls to end.
+#[derive(Clone, Copy)]
+struct Going {
+    since: Instant,
+    until: Option<Instant>,
+}
+
 struct Serving<T> {
     connection: Arc<Connection>,
     handle: Arc<Handle>,
@@ -130,8 +141,7 @@ struct Serving<T> {
     pinged: Option<Instant>,
     /// Pings since a frame of ours with HEADERS or DATA, and how many such frames there were then.
     pings_without_data: (u32, u64),
-    /// When GOAWAY was sent with time for open calls, and by when they must have ended.
-    going: Option<Option<Instant>>,
+    going: Option<Going>,
     /// When the last frames must be out.
     closing: Option<Instant>,
     /// Since when the client has taken nothing of what is due, and how much it had taken then.
@@ -225,7 +235,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
 
     /// Lets open calls end, for `grace` at most, and takes no new ones.
     fn go_away(&mut self, grace: Option<Duration>, context: &Context<'_>) {
-        self.going = Some(grace.map(|grace| Instant::now() + grace));
+        let since = Instant::now();
+        self.going = Some(Going { since, until: grace.map(|grace| since + grace) });
         self.http2.graceful_shutdown();
         context.waker().wake_by_ref();
     }
@@ -243,19 +254,12 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
         if let Some(closing) = self.closing {
             return (now < closing).then_some(closing);
         }
-        match (self.going, options.max_connection_age) {
-            (Some(Some(until)), _) if now >= until => {
+        if let Some(until) = self.check_age(now, context) {
+            if now >= until {
                 self.close(Reason::NO_ERROR, context);
                 return self.closing;
             }
-            (Some(Some(until)), _) => next = next.min(until),
-            (None, Some(age)) if now >= self.born + age => {
-                let grace = options.max_connection_age_grace;
-                self.go_away(grace, context);
-                next = grace.map_or(next, |grace| next.min(now + grace));
-            }
-            (None, Some(age)) => next = next.min(self.born + age),
-            _ => {}
+            next = next.min(until);
         }
         if let Some(stalled) = self.check_progress(now) {
             if now >= stalled {
@@ -265,6 +269,24 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
             next = next.min(stalled);
         }
         Some(next.min(self.check_alive(now, context)?))
+    }
+
+    /// When the connection comes of age; from then on, by when it must have ended.
+    fn check_age(&mut self, now: Instant, context: &Context<'_>) -> Option<Instant> {
+        let options = &self.connection.shared.options;
+        let (age, grace, timeout) =
+            (options.max_connection_age, options.max_connection_age_grace, options.keepalive_timeout);
+        if self.going.is_none() {
+            let of_age = self.born + age?;
+            if now < of_age {
+                return Some(of_age);
+            }
+            self.go_away(grace, context);
+        }
+        let Going { since, until } = self.going?;
+        // HTTP/2 ends an idle connection once the client has answered a PING, which one that has vanished never does.
+        let idle = (!self.http2.has_streams()).then(|| since + timeout);
+        [until, idle].into_iter().flatten().min()
     }
 
     /// By when the client must have taken some of what is due to it.
@@ -307,8 +329,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
         if *frames != connection.traffic.frames_written() {
             (*sent, *frames) = (0, connection.traffic.frames_written());
         }
-        if options.max_pings_without_data > 0 && *sent >= options.max_pings_without_data {
-            return Some(now + options.keepalive_time);
+        let rare = heard + PINGS_APART_WITHOUT_DATA;
+        if options.max_pings_without_data > 0 && *sent >= options.max_pings_without_data && now < rare {
+            return Some(rare);
         }
         // An answer to the last one that nobody asked for is taken away first.
         drop(pings.poll_pong(context));

@@ -74,7 +74,8 @@ class TransportOptions:
     keepalive_permit_without_calls: bool = False
     """Ping idle connections too, and let clients do so."""
     http2_max_pings_without_data: int = 2
-    """Of our own pings without a DATA or HEADERS frame of ours in between; 0: any number."""
+    """Of our own pings without a DATA or HEADERS frame of ours in between: further ones come a minute apart, as in
+    gRPC's C core; 0: any number."""
     http2_min_recv_ping_interval_without_data_s: float = 300.0
     """A client's ping that comes sooner after its last one, without frames of ours in between, is a strike."""
     http2_max_ping_strikes: int = 2
