@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from loadtests.ort_loop import measure, open_session
 from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SluiceMeasurement
 from loadtests.plan import CROWD, IMAGES, Plan
 from sluice_server.open_files import raise_limit
+from sluice_server.transport.choice import native_problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,23 +29,24 @@ def run_bench(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_h2load
-def test_a_run_prints_the_tables_and_writes_json(transport: str, tmp_path: Path) -> None:
+def test_a_run_prints_the_tables_and_writes_json(tmp_path: Path) -> None:
+    """On all transports that there are, as the benchmark has them side by side."""
     results = tmp_path / "results.json"
     done = run_bench("--parts", "identity", "lone", "--json", str(results))
 
     assert done.returncode == 0, done.stderr
-    who = {"grpcio": GRPCIO, "native": NATIVE}[transport]
     table, goals, machine = done.stdout.strip().split("\n\n")
-    assert {who, ECHO, LOOP} <= {line.split("|")[2].strip() for line in table.splitlines()[2:]}
+    ours = [GRPCIO] if native_problem(version("sluice")) else [GRPCIO, NATIVE]
+    assert {line.split("|")[2].strip() for line in table.splitlines()[2:]} == {*ours, ECHO, LOOP}
     assert {line.split("|")[2].strip() for line in goals.splitlines()[2:]} <= {"met", "MISSED"}
     assert "onnxruntime" in machine
     samples = {(row["who"], row["load"]): row["samples"][0] for row in json.loads(results.read_text())["rows"]}
-    ours, echo = samples[who, "32 (2 x 16)"], samples[ECHO, "32 (2 x 16)"]
     assert min(sample["requests_per_s"] for sample in samples.values()) > 0
-    assert min(ours["cpu_us_per_request"], echo["cpu_us_per_request"]) > 0
-    assert ours["mean_batch_rows"] >= 1
-    assert echo["mean_batch_rows"] is None
-    assert samples[who, "1 (1 x 1)"]["mean_batch_rows"] == 1
+    assert samples[ECHO, "32 (2 x 16)"]["mean_batch_rows"] is None
+    for who in ours:
+        assert samples[who, "32 (2 x 16)"]["cpu_us_per_request"] > 0
+        assert samples[who, "32 (2 x 16)"]["mean_batch_rows"] >= 1
+        assert samples[who, "1 (1 x 1)"]["mean_batch_rows"] == 1
 
 
 @needs_h2load
