@@ -86,12 +86,29 @@ def test_a_call_can_be_made_with_nothing_but_what_reflection_told(server):
     assert call(request(name="echo"), timeout=PATIENCE_S).config.max_batch_size == 8
 
 
-@pytest.mark.parametrize("symbol", [HEALTH, "inference.ModelConfig", "inference.ModelInferRequest.InferInputTensor"])
+SYMBOLS = (
+    HEALTH,
+    f"{HEALTH}.Check",
+    "inference.ModelConfig",
+    "inference.ModelInferRequest.InferInputTensor",
+    "inference.ModelInferRequest.id",
+    "inference.GRPCInferenceService.ModelInfer",
+)
+
+
+@pytest.mark.parametrize("symbol", SYMBOLS)
 def test_other_symbols_are_found_too(symbol, server):
     assert ask(server, file_containing_symbol=symbol).file_descriptor_response.file_descriptor_proto
 
 
-@pytest.mark.parametrize("question", [{"file_containing_symbol": "no.Such"}, {"file_by_filename": "no_such.proto"}])
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"file_containing_symbol": "no.Such"},
+        {"file_containing_symbol": f"{HEALTH}.No"},
+        {"file_by_filename": "no.proto"},
+    ],
+)
 def test_what_is_not_there_is_an_error_in_the_answer(question, server):
     error = ask(server, **question).error_response
     assert error.error_code == grpc.StatusCode.NOT_FOUND.value[0]

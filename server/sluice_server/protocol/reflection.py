@@ -6,7 +6,7 @@ grpcio-reflection computes the answers; the stream that they go through is the t
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
@@ -27,6 +27,22 @@ INFO = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
 _FILES = (model_config_pb2, grpc_service_pb2, health_pb2, reflection_pb2)
 
 
+class _Pool:
+    """A descriptor pool that finds the file of a method too, which grpcurl asks for; protobuf's own does not."""
+
+    def __init__(self) -> None:
+        self._pool = DescriptorPool()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> Any:  # noqa: N802
+        try:
+            return self._pool.FindFileContainingSymbol(symbol)  # type: ignore[no-untyped-call]
+        except KeyError:
+            return self._pool.FindMethodByName(symbol).containing_service.file  # type: ignore[no-untyped-call]
+
+
 class Reflection:
     """Lets clients such as grpcurl list the services and read their descriptors."""
 
@@ -35,9 +51,9 @@ class Reflection:
 
         The files come from two pools (ours is private, the libraries' is the default one), so they go into a third.
         """
-        pool = DescriptorPool()
+        pool = _Pool()
         for module in _FILES:
-            pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)  # type: ignore[no-untyped-call]
+            pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
         self._servicer = reflection.ReflectionServicer((*services, reflection.SERVICE_NAME), pool)
         self._open: set[Stream] = set()
         self._stopping = False
