@@ -147,6 +147,6 @@ def goals(rows: Sequence[Row], memories: Sequence[Memory]) -> list[Goal]:
     """The goals whose rows were measured."""
     found = [goal for target in TARGETS if (goal := target.goal(rows)) is not None]
     for memory in memories:
-        text = f"identity on {memory.who}: resident memory after {memory.requests:,} requests more, over before"
+        text = f"identity, {memory.who}: resident memory after {memory.requests:,} requests more, over before"
         found.append(Goal(text, summarize([memory.ratio]), MEMORY_RATIO_MAX, at_least=False))
     return found
