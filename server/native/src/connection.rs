@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use h2::{Ping, PingPong, Reason};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
 use tokio::time::Sleep;
 
 use crate::meter::{Limits, Meter};
@@ -88,8 +89,14 @@ where
         return; // in vain: nobody is left to tell
     };
     drop(handshake);
-    let connection =
-        Arc::new(Connection { shared, id, client: Arc::new(client), traffic, unsent: AtomicUsize::new(0) });
+    let connection = Arc::new(Connection {
+        shared,
+        id,
+        client: Arc::new(client),
+        traffic,
+        unsent: AtomicUsize::new(0),
+        inflating: Arc::new(Semaphore::new(1)),
+    });
     let mut serving = Serving::new(connection, handle, http2);
     std::future::poll_fn(|context| serving.poll(context)).await;
 }

@@ -211,8 +211,14 @@ impl Incoming {
 }
 
 /// Reads the one message of a unary call. Nothing comes of a call that ends before it is complete.
-async fn read_unary(incoming: Incoming, mut body: RecvStream, response: SendResponse<Bytes>) -> Option<Item> {
-    match read_message(&incoming, &mut body).await {
+async fn read_unary(incoming: Incoming, mut body: RecvStream, mut response: SendResponse<Bytes>) -> Option<Item> {
+    let read = tokio::select! {
+        biased;
+        read = read_message(&incoming, &mut body) => read,
+        // A client that leaves while its message waits to be decompressed is not waited for.
+        _ = std::future::poll_fn(|context| response.poll_reset(context)) => Err(Failure::Gone),
+    };
+    match read {
         Ok((message, held)) => {
             let call = incoming.register(response)?;
             Some(Item::Call { call, message: Some(message), received: Instant::now(), held })
@@ -232,7 +238,7 @@ async fn read_unary(incoming: Incoming, mut body: RecvStream, response: SendResp
 async fn read_message(incoming: &Incoming, body: &mut RecvStream) -> Result<(Bytes, Held), Failure> {
     let shared = incoming.shared();
     let _counted = Counted::new(&shared.gauges.reading);
-    let mut reader = Reader::new(shared, incoming.encoding);
+    let mut reader = Reader::new(&incoming.connection, incoming.encoding);
     let deadline = incoming.timeout.and_then(|timeout| incoming.opened.checked_add(timeout));
     loop {
         let stalled = Instant::now() + shared.options.stall_timeout;
@@ -263,7 +269,7 @@ async fn read_stream(incoming: Incoming, body: RecvStream, response: SendRespons
     let connection = Arc::clone(&incoming.connection);
     let shared = &*connection.shared;
     let _counted = Counted::new(&shared.gauges.reading);
-    let reader = Reader::new(shared, incoming.encoding);
+    let reader = Reader::new(&connection, incoming.encoding);
     let Some(call) = incoming.register(response) else { return };
     let Some(stream) = &call.stream else { return };
     tokio::select! {
@@ -321,6 +327,7 @@ fn stall(shared: &Shared) -> Failure {
 /// Cuts a body into messages.
 struct Reader<'a> {
     shared: &'a Shared,
+    inflating: &'a Arc<Semaphore>,
     encoding: Encoding,
     deframer: Deframer,
     frames: VecDeque<Frame>,
@@ -328,9 +335,11 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(shared: &'a Shared, encoding: Encoding) -> Self {
+    fn new(connection: &'a Connection, encoding: Encoding) -> Self {
+        let shared = &*connection.shared;
         Self {
             shared,
+            inflating: &connection.inflating,
             encoding,
             deframer: Deframer::new(shared.options.max_message_bytes),
             frames: VecDeque::new(),
@@ -369,7 +378,8 @@ impl<'a> Reader<'a> {
             let message = "a message is marked as compressed, and there is no grpc-encoding".into();
             return Err(Failure::Status(code::INTERNAL, message));
         }
-        let message = inflate(self.encoding, frame.payload, self.shared.options.max_message_bytes).await?;
+        let limit = self.shared.options.max_message_bytes;
+        let message = inflate(self.inflating, self.encoding, frame.payload, limit).await?;
         hold(self.shared, &mut held, message.len())?;
         Ok(Some((message, held)))
     }
@@ -385,11 +395,17 @@ fn hold(shared: &Shared, held: &mut Held, bytes: usize) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn inflate(encoding: Encoding, data: Bytes, limit: usize) -> Result<Bytes, Failure> {
+/// Decompresses a message, a large one on another thread when it is the connection's turn.
+async fn inflate(turn: &Arc<Semaphore>, encoding: Encoding, data: Bytes, limit: usize) -> Result<Bytes, Failure> {
     if data.len() <= INFLATE_HERE_BYTES_MAX {
         return Ok(compression::inflate(encoding, &data, limit)?);
     }
-    match tokio::task::spawn_blocking(move || compression::inflate(encoding, &data, limit)).await {
+    let turn = Arc::clone(turn).acquire_owned().await;
+    let inflated = tokio::task::spawn_blocking(move || {
+        let _until_the_end = turn;
+        compression::inflate(encoding, &data, limit)
+    });
+    match inflated.await {
         Ok(result) => Ok(result?),
         Err(_) => Err(Failure::Status(code::INTERNAL, "the message could not be decompressed".into())),
     }

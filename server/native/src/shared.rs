@@ -222,6 +222,9 @@ pub struct Connection {
     pub traffic: Arc<Traffic>,
     /// Bytes of answers that HTTP/2 holds: handed over, and neither written nor dropped.
     pub unsent: AtomicUsize,
+    /// One permit: who has it may have a message decompressed on another thread. The others of the connection wait
+    /// here, and not in the queue for those threads, which has place for every connection.
+    pub inflating: Arc<Semaphore>,
 }
 
 /// How an open call is answered.
