@@ -9,8 +9,8 @@ const MAX_SETTINGS: u64 = 500;
 /// RST_STREAM in a second. Each stood for a stream that was opened, decoded and perhaps handed up for nothing, some
 /// 20 us, and that did not count against the streams a client may have open (CVE-2023-44487). A client that gives up
 /// every call after a millisecond makes some thousands a second on one connection, which must go on being served; an
-/// attacker sends a hundred times as many.
-const MAX_RESETS: u64 = 20_000;
+/// attacker sends a hundred times as many. It is a fifth of the time of the thread that all connections share.
+const MAX_RESETS: u64 = 10_000;
 
 /// Frames without effect in a second: DATA and CONTINUATION without content, acknowledged PINGs, frames of types that
 /// HTTP/2 ignores. Honest ones are singular, such as the answer to a keepalive ping.
