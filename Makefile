@@ -10,9 +10,11 @@ CARGO := $(shell command -v cargo)
 # Cargo on the crate without any Python: its own tests call none, and need none to be linked with.
 CRATE := cd $(NATIVE) && PYO3_NO_PYTHON=1 PYO3_BUILD_EXTENSION_MODULE=1
 MODELS := deploy/models
+TOOLS := .tools
+GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
 
-.PHONY: help setup serve demo test check proto models bench loadtest image clean
+.PHONY: help setup serve demo test check proto models bench perf_analyzer grpcurl loadtest image clean
 
 help:
 	@echo "make serve     serve the demo models on ports 8001 (gRPC), 8000 (HTTP), 8002 (metrics)"
@@ -20,6 +22,7 @@ help:
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
 	@echo "make proto     generate the protobuf code again"
+	@echo "make perf_analyzer, make grpcurl     get clients that some tests run, and skip without"
 
 # The server alone: what `make serve` needs.
 $(VENV)/.server: pyproject.toml constraints.txt
@@ -90,8 +93,16 @@ models: $(VENV)/.dev
 bench: $(VENV)/.dev $(VENV)/.native
 	@$(BIN)/python -m loadtests.bench $(BENCH_FLAGS)
 
+# Clients that are not ours, for tests/clients, which skips what is not there.
+perf_analyzer: $(VENV)/.server
+	@$(BIN)/python tests/clients/get_perf_analyzer.py $(TOOLS)
+
+grpcurl:
+	@echo "Building grpcurl $(GRPCURL_VERSION) (a minute or two the first time) ..."
+	@GOBIN="$(CURDIR)/$(TOOLS)/bin" go install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION)
+
 loadtest image:
 	@echo "make $@ is not implemented in this version"; exit 2
 
 clean:
-	rm -rf $(VENV) $(NATIVE)/target .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
+	rm -rf $(VENV) $(TOOLS) $(NATIVE)/target .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
