@@ -19,6 +19,7 @@ from sluice_batching import ExpiryTimer
 from sluice_server.execution import runtime
 from sluice_server.execution.loader import ModelLoader
 from sluice_server.execution.providers import check_distributions
+from sluice_server.execution.shared_memory import RegionTable
 from sluice_server.http.app import metrics_app, rest_app
 from sluice_server.http.server import HttpListener, HttpServer
 from sluice_server.observability import metrics
@@ -27,6 +28,7 @@ from sluice_server.observability.tracing import create_tracer
 from sluice_server.protocol import health, reflection
 from sluice_server.protocol.dispatch import Dispatcher
 from sluice_server.protocol.rpcs import EXTENSIONS, SERVICE, ServerIdentity, rpc_table
+from sluice_server.protocol.shared_memory import SharedMemory
 from sluice_server.repository.layout import Repositories
 from sluice_server.repository.manager import ModelManager
 from sluice_server.security.control import ControlPolicy
@@ -90,8 +92,10 @@ class Server:
             load_threads=settings.models.load_threads,
             on_readiness=self._set_serving,
         )
-        identity = ServerIdentity(settings.server_id, self._version)
-        rpcs = rpc_table(self.manager, identity, ControlPolicy(allow_any=settings.allow_any_control))
+        control = ControlPolicy(allow_any=settings.allow_any_control)
+        regions = SharedMemory(RegionTable() if settings.allow_client_shm else None, control)
+        identity = ServerIdentity(settings.server_id, self._version, EXTENSIONS + regions.extensions)
+        rpcs = rpc_table(self.manager, identity, control, regions)
         self._dispatcher = Dispatcher(
             self.manager,
             {**rpcs, health.CHECK: self._health.check},
@@ -99,9 +103,10 @@ class Server:
             self._slow_pool,
             self._tracer,
             streams={health.WATCH: self._health.watch, reflection.INFO: self._reflection.answer},
+            regions=regions,
         )
         self.transport = self._create_transport()
-        rest = rest_app(self.manager, identity, EXTENSIONS, to_status)
+        rest = rest_app(self.manager, identity, identity.extensions, to_status)
         self._rest = _listener(rest, settings.http)
         self._metrics = _listener(metrics_app(self.render_metrics), settings.metrics)
         self._http = HttpServer([listener for listener in (self._rest, self._metrics) if listener is not None])

@@ -73,10 +73,10 @@ class ServerSettings:
     exit_timeout_s: float = 30.0
     triton_status_codes: bool = False
     allow_any_control: bool = False
+    allow_client_shm: bool = False
 
 
 REFUSED: dict[str, str] = {
-    "--allow-client-shm": "shared memory is not there yet",
     "--allow-cpu-metrics": "the CPU metrics are always there",
     "--allow-gpu-metrics": "GPU metrics are not there yet",
     "--allow-sagemaker": "the SageMaker front end is not there",
@@ -205,7 +205,9 @@ def _add_life_flags(parser: argparse.ArgumentParser) -> None:
     add("--status-codes", choices=["exact", "triton"], default="exact",
         help="triton: a full queue and a queue timeout are UNAVAILABLE, as there (exact)")  # fmt: skip
     add("--allow-control", choices=["local", "any"], default="local",
-        help="whose load and unload calls are taken: only this machine's (local), or anybody's")  # fmt: skip
+        help="who may load and unload models and share memory: clients on this machine, or any (local)")  # fmt: skip
+    add("--allow-client-shm", type=switch, nargs="?", const=True, default=False, metavar="true|false",
+        help="let clients pass tensors in shared memory (false)")  # fmt: skip
 
 
 def _add_log_flags(parser: argparse.ArgumentParser) -> None:
@@ -257,6 +259,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         exit_timeout_s=float(args.exit_timeout_secs),
         triton_status_codes=args.status_codes == "triton",
         allow_any_control=args.allow_control == "any",
+        allow_client_shm=args.allow_client_shm,
     )
 
 

@@ -243,7 +243,7 @@ def test_what_the_client_can_get_wrong_comes_back_as_its_own_exception(inputs, h
 
 
 def test_what_is_not_there_yet_is_refused_by_name(client):
-    for call in (client.get_trace_settings, client.get_log_settings, client.get_system_shared_memory_status):
+    for call in (client.get_trace_settings, client.get_log_settings):
         with pytest.raises(triton.InferenceServerException, match="not implemented in this version") as caught:
             call()
         assert caught.value.status() == "StatusCode.UNIMPLEMENTED"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from sluice_server.errors import BackendError, DeadlineExceeded, Internal, SluiceError
+from sluice_server.execution import shared_memory
 from sluice_server.observability.statistics import FailureReason
 
 if TYPE_CHECKING:
@@ -227,6 +228,13 @@ def check_rows(batch: list[InferRequest], outputs: Sequence[np.ndarray]) -> None
 
 def gather(batch: list[InferRequest]) -> dict[str, np.ndarray]:
     """The model's inputs for a batch: one request's own views, or the rows of all in the order of the batch."""
+    first = batch[0]
     if len(batch) == 1:
-        return batch[0].arrays
-    return {name: np.concatenate([request.arrays[name] for request in batch]) for name in batch[0].arrays}
+        feeds = first.arrays
+    else:
+        feeds = {name: np.concatenate([request.arrays[name] for request in batch]) for name in first.arrays}
+    if first.shared is None:
+        return feeds
+    # Requests of a batch have the same inputs in shared memory.
+    shared = [request.shared for request in batch if request.shared is not None]
+    return feeds | {name: shared_memory.gather(name, shared) for name in first.shared.inputs}

@@ -2,7 +2,8 @@
 
 The order and the codes are the contract (compatibility, section 3): parameters, duplicate names, tensor data, outputs,
 number of inputs, their names, batch size, data types, shapes, sizes. Every check happens before the queue. Arrays are
-views over the received message: nothing is copied and nothing is allocated for what a request merely claims.
+views over the received message: nothing is copied and nothing is allocated for what a request merely claims. What is in
+shared memory is found here, and read when the request runs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from sluice_proto import tensors, wire
 from sluice_proto.grpc_service_pb2 import ModelInferRequest
 from sluice_server.errors import InvalidArgument, Unimplemented
 from sluice_server.execution.request import InferRequest
+from sluice_server.execution.shared_memory import SharedTensor, SharedTensors, Window
 from sluice_server.graph import format_shape
+from sluice_server.protocol import shared_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sluice_server.protocol.interface import ModelInterface, TensorInterface
+    from sluice_server.protocol.shared_memory import SharedMemory
     from sluice_server.transport.call import Call
 
 SPLIT_BYTES_MIN = 48 * 1024
@@ -66,7 +70,9 @@ class ParsedRequest:
         self.model_version: str = message.model_version
 
 
-def decode(parsed: ParsedRequest, interface: ModelInterface, call: Call) -> InferRequest:
+def decode(
+    parsed: ParsedRequest, interface: ModelInterface, call: Call, regions: SharedMemory = shared_memory.OFF
+) -> InferRequest:
     """Validate a request against the model it names; `InvalidArgument` says what is wrong, and where."""
     message = parsed.message
     timeout_us = check_parameters(message.parameters) if message.parameters else 0
@@ -74,19 +80,25 @@ def decode(parsed: ParsedRequest, interface: ModelInterface, call: Call) -> Infe
     by_name = {tensor.name: tensor for tensor in inputs}
     if len(by_name) != len(inputs):
         raise _Refusal(message).because(f"input '{_first_duplicate(inputs)}' already exists in request")
-    sources = _find_data(parsed, interface)
+    sources = _find_data(parsed, interface, call, regions)
+    windows = _output_windows(message, call, regions) if message.outputs else {}
     output_names = _requested_outputs(message, interface) if message.outputs else interface.output_names
     _check_names(message, by_name, interface)
     rows = _batch_rows(message, interface)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for tensor, source in zip(inputs, sources, strict=True):
         arrays[tensor.name] = _array(message, tensor, source, interface)
     key: Any = output_names
     if interface.variable:
         first = 1 if interface.max_batch_rows else 0
         key = (output_names, *((name, arrays[name].shape[first:]) for name in interface.inputs if name in arrays))
+    shared = None
+    if windows or Window in map(type, sources):
+        shared = SharedTensors({name: item for name, item in arrays.items() if type(item) is SharedTensor}, windows)
+        arrays = {name: item for name, item in arrays.items() if name not in shared.inputs}
+        key = (key, shared.kind)
     deadline_ns = deadline_of(call, timeout_us) if timeout_us else call.deadline_ns
-    return InferRequest(call, message.id, arrays, output_names, rows=rows, key=key, deadline_ns=deadline_ns)
+    return InferRequest(call, message.id, arrays, output_names, rows, key, deadline_ns, shared)
 
 
 class _Refusal:
@@ -145,17 +157,23 @@ def _first_duplicate(named: Any) -> str:
     raise AssertionError("called for names that repeat")
 
 
-def _find_data(parsed: ParsedRequest, interface: ModelInterface) -> list[Any]:
-    """The source of each input's data in request order: a raw buffer or the typed contents; surplus raw is ignored."""
+def _find_data(parsed: ParsedRequest, interface: ModelInterface, call: Call, regions: SharedMemory) -> list[Any]:
+    """The source of each input's data in request order: a window of shared memory, a raw buffer or the typed contents.
+
+    Surplus raw buffers are ignored.
+    """
     raws = parsed.raws
     next_raw = 0
     sources: list[Any] = []
     for tensor in parsed.message.inputs:
-        if tensor.parameters and "shared_memory_region" in tensor.parameters:
-            raise Unimplemented(
-                f"shared memory is not implemented in this version: input tensor '{tensor.name}' names a region"
-            )
-        if tensor.HasField("contents"):
+        if tensor.parameters and shared_memory.REGION in tensor.parameters:
+            if tensor.HasField("contents"):
+                raise InvalidArgument(
+                    f"unexpected 'content' provided when using shared memory for input tensor '{tensor.name}' for model"
+                    f" '{interface.name}'"
+                )
+            sources.append(regions.window(f"input tensor '{tensor.name}'", tensor.parameters, call))
+        elif tensor.HasField("contents"):
             sources.append(_typed_source(tensor, interface, raw_is_used=bool(raws)))
         elif next_raw < len(raws):
             sources.append(raws[next_raw])
@@ -203,10 +221,23 @@ def _requested_outputs(message: ModelInferRequest, interface: ModelInterface) ->
     return names
 
 
+def _output_windows(message: ModelInferRequest, call: Call, regions: SharedMemory) -> dict[str, Window]:
+    """Where outputs go that are to be in shared memory."""
+    windows = {}
+    for output in message.outputs:
+        if output.parameters and shared_memory.REGION in output.parameters:
+            if "classification" in output.parameters:
+                raise InvalidArgument(
+                    f"output '{output.name}' has both 'classification' and '{shared_memory.REGION}': the classes of an"
+                    " output do not go to shared memory"
+                )
+            windows[output.name] = regions.window(f"output '{output.name}'", output.parameters, call)
+    return windows
+
+
 def _check_output_parameters(output: Any) -> None:
-    for key, feature in (("classification", "classification"), ("shared_memory_region", "shared memory")):
-        if key in output.parameters:
-            raise Unimplemented(f"{feature} is not implemented in this version: output '{output.name}' asks for it")
+    if "classification" in output.parameters:
+        raise Unimplemented(f"classification is not implemented in this version: output '{output.name}' asks for it")
 
 
 def _check_names(message: ModelInferRequest, by_name: dict[str, Any], interface: ModelInterface) -> None:
@@ -262,7 +293,9 @@ def _batch_rows(message: ModelInferRequest, interface: ModelInterface) -> int:
     return int(rows)
 
 
-def _array(message: ModelInferRequest, tensor: Any, source: Any, interface: ModelInterface) -> np.ndarray:
+def _array(
+    message: ModelInferRequest, tensor: Any, source: Any, interface: ModelInterface
+) -> np.ndarray | SharedTensor:
     """Check one input's data type, shape and size, in this order, and give the view of its data."""
     expected = interface.inputs[tensor.name]
     if tensor.datatype != expected.dtype.name:
@@ -276,19 +309,36 @@ def _array(message: ModelInferRequest, tensor: Any, source: Any, interface: Mode
         raise _shape_error(message, expected, shape, interface)
     if expected.unit:
         shape = shape[:-1]
+    array: np.ndarray | SharedTensor
     try:
         if isinstance(source, (bytes, memoryview)):
             array = tensors.view(expected.dtype, shape, source)
+        elif isinstance(source, Window):
+            array = _shared_tensor(message, expected, shape, source, interface)
         else:
             array = tensors.from_contents(expected.dtype, shape, source)
     except proto_errors.TensorError as error:
         raise _data_error(message, expected, error, interface) from error
-    if not array.size and math.prod(filter(None, shape)) > EMPTY_CELLS_MAX:
+    if 0 in shape and math.prod(filter(None, shape)) > EMPTY_CELLS_MAX:
         raise _Refusal(message).because(
             f"input '{expected.name}' for model '{interface.name}' has no elements: the other dimensions of its shape"
             f" {format_shape(shape)} may multiply to {EMPTY_CELLS_MAX} at most"
         )
     return array
+
+
+def _shared_tensor(
+    message: ModelInferRequest,
+    expected: TensorInterface,
+    shape: tuple[int, ...],
+    window: Window,
+    interface: ModelInterface,
+) -> SharedTensor:
+    """An input to be read from shared memory; BYTES are looked at only then."""
+    expected_bytes = tensors.element_count(shape) * expected.dtype.itemsize
+    if expected.dtype.itemsize and expected_bytes != window.size_bytes:
+        raise proto_errors.SizeMismatch(expected_bytes, window.size_bytes)
+    return SharedTensor(window, expected.dtype, shape, lambda error: _data_error(message, expected, error, interface))
 
 
 def _shape_error(

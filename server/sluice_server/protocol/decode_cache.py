@@ -12,6 +12,7 @@ its tensors are at the same offsets. What makes that true:
   id. No tensor is in the head: the parts behind it are as many as there are tensors.
 * Every check but one looks at the head and at the sizes of the tensors. The one is that of the elements of BYTES:
   requests with BYTES are never remembered, nor are those with typed contents.
+* What a request has in shared memory may be gone the next time: such requests are never remembered.
 * The checks depend on the model's interface. A head is known for one interface object; when the model that is served by
   this name has another one, the head is forgotten.
 * An id is to be UTF-8. Only ASCII passes here; any other id is for the parser.
@@ -27,10 +28,12 @@ from google.protobuf.message import DecodeError
 from sluice_proto import wire
 from sluice_proto.grpc_service_pb2 import ModelInferRequest
 from sluice_server.execution.request import InferRequest
+from sluice_server.protocol import shared_memory
 from sluice_server.protocol.decode import ParsedRequest, check_parameters, deadline_of, decode
 
 if TYPE_CHECKING:
     from sluice_server.protocol.interface import ModelInterface
+    from sluice_server.protocol.shared_memory import SharedMemory
     from sluice_server.transport.call import Call
 
 KINDS_MAX = 1024
@@ -120,9 +123,10 @@ class KnownHead:
 class DecodeCache:
     """Parses and decodes requests, those with known heads by a few comparisons. For one thread: the intake's."""
 
-    __slots__ = ("_heads", "_learning_stride", "_unknown")
+    __slots__ = ("_heads", "_learning_stride", "_regions", "_unknown")
 
-    def __init__(self, learning_stride: int = LEARNING_STRIDE) -> None:
+    def __init__(self, learning_stride: int = LEARNING_STRIDE, regions: SharedMemory = shared_memory.OFF) -> None:
+        self._regions = regions
         self._learning_stride = learning_stride
         self._heads: dict[tuple[int, bytes], tuple[KnownHead, ...]] = {}
         self._unknown = 0
@@ -144,7 +148,9 @@ class DecodeCache:
                 return parsed.request(call)
             self._heads.pop(_kind_of(memoryview(call.message)), None)
             parsed = ParsedRequest(call.message)
-        request = decode(parsed, interface, call)
+        request = decode(parsed, interface, call, self._regions)
+        if request.shared is not None:
+            return request
         if self._unknown % self._learning_stride == 0:
             self._learn(parsed, interface, request)
         self._unknown += 1

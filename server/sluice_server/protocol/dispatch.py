@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from sluice_server.errors import InvalidArgument, Unavailable, Unimplemented
 from sluice_server.observability.statistics import Outcome
+from sluice_server.protocol import shared_memory
 from sluice_server.protocol.decode_cache import DecodeCache
 from sluice_server.protocol.rpcs import SERVICE, name_of, path_of
 from sluice_server.protocol.streams import InferStreams
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.tracing import Tracer
     from sluice_server.protocol.rpcs import Rpc
+    from sluice_server.protocol.shared_memory import SharedMemory
     from sluice_server.repository.manager import ModelManager
     from sluice_server.status import StatusMapper
     from sluice_server.transport.call import Call, Stream
@@ -48,8 +50,12 @@ class Dispatcher:
         tracer: Tracer | None = None,
         *,
         streams: Mapping[str, Callable[[Call], None]] | None = None,
+        regions: SharedMemory = shared_memory.OFF,
     ) -> None:
-        """`rpcs` and `streams` are by the paths of their methods; the latter are given each message of a stream."""
+        """`rpcs` and `streams` are by the paths of their methods; the latter are given each message of a stream.
+
+        `regions` is the shared memory that requests may name.
+        """
         self._manager = manager
         self._rpcs = rpcs
         self._to_status = to_status
@@ -57,7 +63,7 @@ class Dispatcher:
         self._tracer = tracer
         self._streams = streams or {}
         self._infer_streams = InferStreams()
-        self._decode_cache = DecodeCache()
+        self._decode_cache = DecodeCache(regions=regions)
 
     @property
     def methods(self) -> dict[str, bool]:

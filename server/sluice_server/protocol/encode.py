@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from sluice_proto import tensors, wire
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
+from sluice_server.execution.shared_memory import write_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -53,6 +54,8 @@ class Encoder:
         names = batch[0].output_names
         if self._has_units:
             arrays = [self._as_seen(name, array) for name, array in zip(names, arrays, strict=True)]
+        if batch[0].shared is not None and batch[0].shared.outputs:
+            return self._encode_shared(batch, arrays)
         if len(batch) == 1:
             return [self._encode_one(names, batch[0].id, arrays)]
         rows = [request.rows for request in batch]
@@ -76,6 +79,27 @@ class Encoder:
             raw = tensors.to_buffer(array)
             parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)  # type: ignore[arg-type] # as `Raw` says
         return parts
+
+    def _encode_shared(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
+        """Write outputs to shared memory; in the answers each of them is empty."""
+        answers = []
+        start = 0
+        for request in batch:
+            own = arrays
+            if len(batch) > 1:
+                own = [array[start : start + request.rows] for array in arrays]
+                start += request.rows
+            assert request.shared is not None, "requests of a batch have the same outputs in shared memory"
+            names, windows = request.output_names, request.shared.outputs
+            raws = dict(zip(names, map(tensors.to_buffer, own), strict=True))
+            write_outputs(windows, {name: raws[name] for name in windows})  # type: ignore[misc] # as `Raw` says
+            parts: list[Buffer] = [_id_field(request.id)] if request.id else []
+            parts.append(self._head(names, [array.shape for array in own]))
+            for name, data in raws.items():
+                raw = b"" if name in windows else data
+                parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)  # type: ignore[arg-type] # as `Raw` says
+            answers.append(parts)
+        return answers
 
     def _as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
         output = self._interface.outputs[name]

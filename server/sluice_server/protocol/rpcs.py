@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.errors import InvalidArgument, NotFound, Unimplemented
 from sluice_server.observability.statistics import to_proto
+from sluice_server.protocol import shared_memory
 from sluice_server.repository.manager import Override
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from sluice_server.protocol.interface import TensorInterface
+    from sluice_server.protocol.shared_memory import SharedMemory
     from sluice_server.repository.manager import ModelManager
     from sluice_server.security.control import ControlPolicy
     from sluice_server.transport.call import Call
@@ -43,6 +45,7 @@ class ServerIdentity:
 
     name: str
     version: str
+    extensions: tuple[str, ...] = EXTENSIONS
 
 
 def path_of(method: str) -> str:
@@ -55,7 +58,12 @@ def name_of(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def rpc_table(manager: ModelManager, identity: ServerIdentity, control: ControlPolicy) -> Mapping[str, Rpc]:
+def rpc_table(
+    manager: ModelManager,
+    identity: ServerIdentity,
+    control: ControlPolicy,
+    regions: SharedMemory = shared_memory.OFF,
+) -> Mapping[str, Rpc]:
     """The RPCs by their paths."""
     questions = _Questions(manager, identity)
     commands = _Commands(manager, control)
@@ -70,6 +78,7 @@ def rpc_table(manager: ModelManager, identity: ServerIdentity, control: ControlP
         "RepositoryIndex": Rpc(pb.RepositoryIndexRequest, questions.repository_index, slow=True),
         "RepositoryModelLoad": Rpc(pb.RepositoryModelLoadRequest, commands.load, slow=True),
         "RepositoryModelUnload": Rpc(pb.RepositoryModelUnloadRequest, commands.unload, slow=True),
+        **{name: Rpc(request, answer) for name, (request, answer) in regions.rpcs().items()},
     }
     return {path_of(name): rpc for name, rpc in rpcs.items()}
 
@@ -96,7 +105,7 @@ class _Questions:
 
     def server_metadata(self, _request: Any, _call: Call) -> Message:
         return pb.ServerMetadataResponse(
-            name=self._identity.name, version=self._identity.version, extensions=EXTENSIONS
+            name=self._identity.name, version=self._identity.version, extensions=self._identity.extensions
         )
 
     def model_metadata(self, request: Any, _call: Call) -> Message:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import urllib.parse
 
 from sluice_server.errors import PermissionDenied
 
+PEERS_MAX = 1024
+"""Peers whose answer is kept: requests that name shared memory are checked one by one, and looking takes some us."""
+
 
 class ControlPolicy:
-    """Decides about control calls (load, unload) by the peer's address; `allow_any` is `--allow-control=any`."""
+    """Decides by the peer's address who may control the server (load, unload) and share memory with it.
+
+    `allow_any` is `--allow-control=any`.
+    """
 
     def __init__(self, *, allow_any: bool = False) -> None:
         self._allow_any = allow_any
@@ -23,6 +30,7 @@ class ControlPolicy:
             )
 
 
+@functools.lru_cache(PEERS_MAX)
 def is_local(peer: str) -> bool:
     """Whether a peer as gRPC writes it (`ipv4:127.0.0.1:1`, `ipv6:[::1]:1`, `unix:`) is on this machine."""
     scheme, _, rest = urllib.parse.unquote(peer).partition(":")
