@@ -24,11 +24,15 @@ from sluice_server.http.app import metrics_app, rest_app
 from sluice_server.http.server import HttpListener, HttpServer
 from sluice_server.observability import metrics
 from sluice_server.observability.host import HostReader
+from sluice_server.observability.logs import LogControl
+from sluice_server.observability.trace_control import TraceControl, TraceMode
 from sluice_server.observability.tracing import create_tracer
 from sluice_server.protocol import health, reflection
 from sluice_server.protocol.dispatch import Dispatcher
-from sluice_server.protocol.rpcs import EXTENSIONS, SERVICE, ServerIdentity, rpc_table
+from sluice_server.protocol.log_settings import LogSettings
+from sluice_server.protocol.rpcs import EXTENSIONS, SERVICE, ServerIdentity, rpc_table, settings_table
 from sluice_server.protocol.shared_memory import SharedMemory
+from sluice_server.protocol.trace_settings import TraceSettings
 from sluice_server.repository.layout import Repositories
 from sluice_server.repository.manager import ModelManager
 from sluice_server.security.control import ControlPolicy
@@ -79,7 +83,10 @@ class Server:
         self._version = importlib.metadata.version("sluice")
         self._timer = ExpiryTimer()
         self._slow_pool = ThreadPoolExecutor(SLOW_CALLS_MAX, thread_name_prefix="slow-call")
-        self._tracer = create_tracer(environ, self._version)
+        by_settings = settings.trace.mode is TraceMode.OPENTELEMETRY
+        self._tracer = create_tracer(environ, self._version, otlp=settings.trace.otlp if by_settings else None)
+        self._traces = TraceControl(settings.trace, self._tracer)
+        tracer = None if by_settings else self._tracer
         self._host = HostReader()
         to_status = StatusMapper(triton_codes=settings.triton_status_codes)
         self._health = health.Health()
@@ -95,15 +102,20 @@ class Server:
         control = ControlPolicy(allow_any=settings.allow_any_control)
         regions = SharedMemory(RegionTable() if settings.allow_client_shm else None, control)
         identity = ServerIdentity(settings.server_id, self._version, EXTENSIONS + regions.extensions)
-        rpcs = rpc_table(self.manager, identity, control, regions)
+        trace_settings = TraceSettings(self._traces, self.manager, control)
+        rpcs = {
+            **rpc_table(self.manager, identity, control, regions),
+            **settings_table(trace_settings, LogSettings(LogControl(settings.log), control)),
+        }
         self._dispatcher = Dispatcher(
             self.manager,
             {**rpcs, health.CHECK: self._health.check},
             to_status,
             self._slow_pool,
-            self._tracer,
+            tracer,
             streams={health.WATCH: self._health.watch, reflection.INFO: self._reflection.answer},
             regions=regions,
+            traces=self._traces,
         )
         self.transport = self._create_transport()
         rest = rest_app(self.manager, identity, identity.extensions, to_status)
@@ -178,6 +190,7 @@ class Server:
         finished &= self._end_slow_calls(max(LAST_LOOK_S, until - time.monotonic()))
         self._timer.stop()
         self._http.stop()
+        self._traces.close()
         if self._tracer is not None:
             self._tracer.shutdown(TRACE_FLUSH_S)
         logger.info("server has stopped", extra={"all_answered": finished})

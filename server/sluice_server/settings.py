@@ -7,13 +7,15 @@ name, with what to do instead where there is something.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sluice_server.flag_values import SettingsError, port, switch, whole
 from sluice_server.observability.logs import LogOptions
+from sluice_server.observability.trace_control import TraceConfig
 from sluice_server.repository.manager import ControlMode
+from sluice_server.trace_flags import trace_config
 from sluice_server.transport.choice import TransportChoice
 from sluice_server.transport_flags import add_transport_flags, native_flags, transport_options
 
@@ -74,6 +76,7 @@ class ServerSettings:
     triton_status_codes: bool = False
     allow_any_control: bool = False
     allow_client_shm: bool = False
+    trace: TraceConfig = field(default_factory=TraceConfig)
 
 
 REFUSED: dict[str, str] = {
@@ -116,12 +119,11 @@ REFUSED: dict[str, str] = {
     "--sagemaker-safe-port-range": "the SageMaker front end is not there",
     "--sagemaker-thread-count": "the SageMaker front end is not there",
     "--strict-model-config": "it is deprecated in Triton: use --disable-auto-complete-config",
-    "--trace-config": "Triton's trace modes are not there yet: set OTEL_EXPORTER_OTLP_ENDPOINT for OpenTelemetry",
-    "--trace-count": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
-    "--trace-file": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
-    "--trace-level": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
-    "--trace-log-frequency": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
-    "--trace-rate": "it is deprecated in Triton, and its trace modes are not there yet: see --trace-config",
+    "--trace-count": "it is deprecated in Triton: use --trace-config count=N",
+    "--trace-file": "it is deprecated in Triton: use --trace-config triton,file=FILE",
+    "--trace-level": "it is deprecated in Triton: use --trace-config level=TIMESTAMPS",
+    "--trace-log-frequency": "it is deprecated in Triton: use --trace-config triton,log-frequency=N",
+    "--trace-rate": "it is deprecated in Triton: use --trace-config rate=N",
     "--vertex-ai-default-model": "the Vertex AI front end is not there",
     "--vertex-ai-port": "the Vertex AI front end is not there",
     "--vertex-ai-thread-count": "the Vertex AI front end is not there",
@@ -217,6 +219,9 @@ def _add_log_flags(parser: argparse.ArgumentParser) -> None:
     add("--log-verbose", type=whole, default=0, metavar="LEVEL", help="1 and more: log details (0)")
     add("--log-format", choices=["default", "ISO8601", "json"], default="default", help="(%(default)s)")
     add("--log-file", type=Path, metavar="FILE", help="log there and not to standard error")
+    add("--trace-config", action="append", default=[], metavar="[MODE,]SETTING=VALUE",
+        help="level=TIMESTAMPS|TENSORS|OFF, rate=N, count=N, mode=triton|opentelemetry; triton,file=FILE;"
+        " triton,log-frequency=N; opentelemetry,url=URL or resource=NAME=VALUE; several allowed")  # fmt: skip
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
@@ -260,6 +265,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         triton_status_codes=args.status_codes == "triton",
         allow_any_control=args.allow_control == "any",
         allow_client_shm=args.allow_client_shm,
+        trace=trace_config(args.trace_config),
     )
 
 

@@ -23,6 +23,7 @@ FLAGS = [
     ([], "models.repositories", (Path("/models"),)),
     (["--model-repository=/more"], "models.repositories", (Path("/models"), Path("/more"))),
     (["--model-store", "/more"], "models.repositories", (Path("/models"), Path("/more"))),
+    (["--trace-config=rate=7"], "trace.options.rate", 7),
     ([], "models.control_mode", ControlMode.NONE),
     (["--model-control-mode=none"], "models.control_mode", ControlMode.NONE),
     (["--model-control-mode=explicit"], "models.control_mode", ControlMode.EXPLICIT),

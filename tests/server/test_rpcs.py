@@ -13,8 +13,6 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
 UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
 
-NOT_THERE_YET = ["TraceSetting", "LogSettings"]
-
 SHARED_MEMORY = {
     "SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister", "CudaSharedMemoryStatus",
     "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister",
@@ -80,15 +78,11 @@ def test_the_index_takes_no_repository_name_and_can_be_limited_to_what_is_ready(
     assert server.call("RepositoryIndex", pb.RepositoryIndexRequest(ready=True)) == everything
 
 
-@pytest.mark.parametrize("method", NOT_THERE_YET)
-def test_what_is_not_there_yet_is_refused_by_name(method, refused):
-    assert refused(b"", UNIMPLEMENTED, method) == f"{method} is not implemented in this version"
-
-
 def test_every_rpc_of_the_service_has_been_thought_of():
     tested_elsewhere = {"ModelInfer", "ModelStreamInfer", "ServerMetadata"}
-    tested_elsewhere |= {"RepositoryModelLoad", "RepositoryModelUnload"} | SHARED_MEMORY
-    here = {"ServerLive", "ServerReady", "ModelReady", "ModelStatistics", "RepositoryIndex", *BY_MODEL, *NOT_THERE_YET}
+    tested_elsewhere |= {"RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings"}
+    tested_elsewhere |= SHARED_MEMORY
+    here = {"ServerLive", "ServerReady", "ModelReady", "ModelStatistics", "RepositoryIndex", *BY_MODEL}
     assert here | tested_elsewhere == {method.name for method in SERVICE.methods}
 
 

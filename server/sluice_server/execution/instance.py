@@ -18,9 +18,10 @@ import numpy as np
 from sluice_server.errors import BackendError, DeadlineExceeded, Internal, SluiceError
 from sluice_server.execution import shared_memory
 from sluice_server.observability.statistics import FailureReason
+from sluice_server.protocol.traced import TracedCall
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from typing_extensions import Buffer
 
@@ -95,7 +96,8 @@ class BatchRunner:
         except Exception as error:
             self._fail(batch, error, FailureReason.OTHER)
             return earlier
-        self._record(batch, started_ns, gathered_ns, computed_ns)
+        if self._record(batch, started_ns, gathered_ns, computed_ns):
+            self._show(batch, feeds, dict(zip(names, outputs, strict=True)))
         return deque(zip([request.call for request in batch], answers, strict=True))
 
     def send(self, answers: Answers) -> None:
@@ -117,7 +119,8 @@ class BatchRunner:
         """Answer requests whose time was up while they waited."""
         self._fail(requests, DeadlineExceeded("Request timeout expired"), FailureReason.REJECTED)
 
-    def _record(self, batch: list[InferRequest], started_ns: int, gathered_ns: int, computed_ns: int) -> None:
+    def _record(self, batch: list[InferRequest], started_ns: int, gathered_ns: int, computed_ns: int) -> bool:
+        """Count the batch; whether any request of it is traced."""
         ended_ns = self._clock()
         rows = queued_ns = received_ns = 0
         sampled = False
@@ -137,7 +140,7 @@ class BatchRunner:
             compute_output_ns=output_ns,
         )
         if not sampled:
-            return
+            return False
         for request in batch:
             request.call.describe(
                 batch_rows=rows,
@@ -147,6 +150,19 @@ class BatchRunner:
                 compute_infer_ns=infer_ns,
                 compute_output_ns=output_ns,
             )
+        return True
+
+    @staticmethod
+    def _show(batch: list[InferRequest], feeds: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+        """Let the traced requests see their own rows."""
+        whole = slice(None)
+        row = 0
+        for request in batch:
+            rows = whole if len(batch) == 1 else slice(row, row + request.rows)
+            row += request.rows
+            if isinstance(request.call, TracedCall):
+                request.call.show("TENSOR_QUEUE_INPUT", ((name, array[rows]) for name, array in feeds.items()))
+                request.call.show("TENSOR_BACKEND_OUTPUT", ((name, array[rows]) for name, array in outputs.items()))
 
     def _fail(self, requests: Sequence[InferRequest], error: Exception, reason: FailureReason) -> None:
         now_ns = self._clock()

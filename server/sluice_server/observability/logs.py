@@ -15,13 +15,18 @@ import json
 import logging
 import math
 import sys
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 LogFormat = Literal["default", "ISO8601", "json"]
+
+FORMATS: tuple[str, ...] = get_args(LogFormat)
+"""What --log-format takes: Triton's two, and json."""
 
 HANDLER_NAME = "sluice"
 """By this name `configure` finds the handler that it installed before."""
@@ -69,12 +74,44 @@ def configure(options: LogOptions, *, stream: TextIO | None = None) -> None:
     """
     handler = create_handler(options, stream or sys.stderr)
     root = logging.getLogger()
-    for old in [old for old in root.handlers if old.get_name() == HANDLER_NAME]:
+    before = [old for old in root.handlers if old.get_name() == HANDLER_NAME]
+    root.addHandler(handler)
+    for old in before:
         root.removeHandler(old)
         old.close()
-    root.addHandler(handler)
+    _set_levels(options)
+
+
+def reconfigure(options: LogOptions) -> None:
+    """Change levels and format of what `configure` set up, at once and for every thread; the file stays what it was."""
+    for handler in logging.getLogger().handlers:
+        if handler.get_name() == HANDLER_NAME:
+            _dress(handler, options)
+    _set_levels(options)
+
+
+class LogControl:
+    """What is logged, changed while the server runs; for any thread."""
+
+    def __init__(self, start: LogOptions, apply: Callable[[LogOptions], None] = reconfigure) -> None:
+        """`apply` puts options into effect."""
+        self._start = start
+        self._apply = apply
+        self._lock = threading.Lock()
+        self.options = start
+
+    def change(self, changes: Mapping[str, Any]) -> None:
+        """Set fields of LogOptions; None gives one the value of the start."""
+        values = {name: getattr(self._start, name) if value is None else value for name, value in changes.items()}
+        with self._lock:
+            options = replace(self.options, **values)
+            self._apply(options)
+            self.options = options
+
+
+def _set_levels(options: LogOptions) -> None:
     libraries_level = logging.DEBUG if options.verbose_level >= VERBOSE_LIBRARIES else logging.WARNING
-    root.setLevel(libraries_level)
+    logging.getLogger().setLevel(libraries_level)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(_own_level(options))
 
@@ -87,9 +124,14 @@ def create_handler(options: LogOptions, stream: TextIO) -> logging.Handler:
     else:
         handler = WatchedFileHandler(options.file, encoding="utf-8")
     handler.set_name(HANDLER_NAME)
-    handler.addFilter(lambda record: options.shows(record.levelno))
-    handler.setFormatter(JsonFormatter() if options.format == "json" else TextFormatter(options.format))
+    _dress(handler, options)
     return handler
+
+
+def _dress(handler: logging.Handler, options: LogOptions) -> None:
+    # one assignment, as other threads are logging
+    handler.filters = [lambda record: options.shows(record.levelno)]
+    handler.setFormatter(JsonFormatter() if options.format == "json" else TextFormatter(options.format))
 
 
 def _own_level(options: LogOptions) -> int:

@@ -20,6 +20,7 @@ import logging
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sluice_server.status import Code
@@ -51,21 +52,40 @@ class TracingError(Exception):
     """The environment asks for tracing that this server does not have; the text names the variable and the value."""
 
 
+@dataclass(frozen=True, slots=True)
+class OtlpOptions:
+    """What `--trace-config opentelemetry,...` says beyond the environment; None and () leave that to it.
+
+    `url` is the collector's gRPC address; the others are the batch span processor's.
+    """
+
+    url: str | None = None
+    resource: tuple[tuple[str, str], ...] = ()
+    max_queue_size: int | None = None
+    schedule_delay_ms: int | None = None
+    max_export_batch_size: int | None = None
+
+
 def create_tracer(
-    environ: Mapping[str, str], version: str, *, wall_minus_monotonic_ns: int | None = None
+    environ: Mapping[str, str],
+    version: str,
+    *,
+    otlp: OtlpOptions | None = None,
+    wall_minus_monotonic_ns: int | None = None,
 ) -> Tracer | None:
     """Give the tracer that the environment asks for, or None when it asks for none.
 
-    `version` becomes the resource's `service.version`. `wall_minus_monotonic_ns` turns monotonic into wall-clock
-    time; None takes it from the clocks now, once. TracingError when something asked for is not there.
+    With `otlp` there is one whatever the environment says, with these options before its own. `version` becomes the
+    resource's `service.version`. `wall_minus_monotonic_ns` turns monotonic into wall-clock time; None takes it from
+    the clocks now, once. TracingError when something asked for is not there.
     """
-    names = _exporters(environ)
+    names = _exporters(environ) or ([] if otlp is None else ["otlp"])
     if not names:
         return None
     _check(environ, names)
     if wall_minus_monotonic_ns is None:
         wall_minus_monotonic_ns = time.time_ns() - time.monotonic_ns()
-    return Tracer(_provider(names, version), wall_minus_monotonic_ns)
+    return Tracer(_provider(names, version, otlp or OtlpOptions()), wall_minus_monotonic_ns)
 
 
 class _Spans:
@@ -128,6 +148,12 @@ class Tracer:
         span = self._spans.start(name, self._parent(metadata), self._server, attributes, received_ns)
         return RequestTrace(self._spans, span) if span.is_recording() else None
 
+    def continues_sampled(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
+        """Whether the caller is tracing this call already, and says so."""
+        from opentelemetry.trace import get_current_span
+
+        return get_current_span(self._parent(metadata)).get_span_context().trace_flags.sampled
+
     def shutdown(self, timeout_s: float) -> bool:
         """Export what is left, for up to `timeout_s` seconds, and stop; whether that was in time.
 
@@ -157,9 +183,14 @@ class RequestTrace:
 
     __slots__ = ("_span", "_spans")
 
+    wants_tensors = False
+
     def __init__(self, spans: _Spans, span: Span) -> None:
         self._spans = spans
         self._span = span
+
+    def add_tensor(self, activity: str, name: str, array: object) -> None:
+        """Spans have no tensors."""
 
     def finish(
         self,
@@ -168,6 +199,7 @@ class RequestTrace:
         ended_ns: int,
         model: str = "",
         version: str = "",
+        request_id: str = "",
         batch_rows: int = 0,
         enqueued_ns: int | None = None,
         started_ns: int | None = None,
@@ -185,6 +217,8 @@ class RequestTrace:
         if model:
             span.set_attribute("sluice.model.name", model)
             span.set_attribute("sluice.model.version", version)
+        if request_id:
+            span.set_attribute("sluice.request.id", request_id)
         if enqueued_ns is not None:
             spans.child(span, "queue", enqueued_ns, ended_ns if started_ns is None else started_ns)
         if started_ns is not None:
@@ -243,28 +277,34 @@ def _check_sampler_argument(sampler: str, argument: str) -> None:
         raise TracingError(f"OTEL_TRACES_SAMPLER_ARG: {sampler} needs a share from 0 to 1, not {argument!r}")
 
 
-def _provider(names: list[str], version: str) -> TracerProvider:
+def _provider(names: list[str], version: str, otlp: OtlpOptions) -> TracerProvider:
     try:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise TracingError(f"traces are asked for, but the OpenTelemetry SDK is not installed: {error}") from error
-    exporters = [_exporter(name) for name in names]
-    provider = TracerProvider(resource=_resource(version), shutdown_on_exit=False)
+    exporters = [_exporter(name, otlp.url) for name in names]
+    provider = TracerProvider(resource=_resource(version, otlp.resource), shutdown_on_exit=False)
     for exporter in exporters:
-        provider.add_span_processor(BatchSpanProcessor(exporter))
+        try:
+            processor = BatchSpanProcessor(
+                exporter, otlp.max_queue_size, otlp.schedule_delay_ms, otlp.max_export_batch_size
+            )
+        except ValueError as error:
+            raise TracingError(f"the options of the batch span processor do not fit: {error}") from error
+        provider.add_span_processor(processor)
     return provider
 
 
-def _resource(version: str) -> Resource:
+def _resource(version: str, said: tuple[tuple[str, str], ...]) -> Resource:
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
     ours = Resource({"service.name": "sluice", "service.version": version})
-    # later ones win: the SDK's defaults, ours, what the environment says
-    return Resource.create().merge(ours).merge(OTELResourceDetector().detect())
+    # later ones win: the SDK's defaults, ours, what the environment says, what the command line says
+    return Resource.create().merge(ours).merge(OTELResourceDetector().detect()).merge(Resource(dict(said)))
 
 
-def _exporter(name: str) -> SpanExporter:
+def _exporter(name: str, url: str | None) -> SpanExporter:
     if name == "console":
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
@@ -275,6 +315,6 @@ def _exporter(name: str) -> SpanExporter:
     except ImportError as error:
         raise TracingError(f"traces by otlp are asked for, but the exporter is not installed: {error}") from error
     try:
-        return OTLPSpanExporter()
+        return OTLPSpanExporter(endpoint=url)
     except Exception as error:  # it has no common type for what it finds wrong with its variables
         raise TracingError(f"the OTEL_EXPORTER_OTLP_* variables give no exporter: {error}") from error

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from sluice_server.errors import InvalidArgument, Unavailable, Unimplemented
 from sluice_server.observability.statistics import Outcome
+from sluice_server.observability.trace_control import TraceConfig, TraceControl
 from sluice_server.protocol import shared_memory
 from sluice_server.protocol.decode_cache import DecodeCache
 from sluice_server.protocol.rpcs import SERVICE, name_of, path_of
@@ -51,16 +52,20 @@ class Dispatcher:
         *,
         streams: Mapping[str, Callable[[Call], None]] | None = None,
         regions: SharedMemory = shared_memory.OFF,
+        traces: TraceControl | None = None,
     ) -> None:
         """`rpcs` and `streams` are by the paths of their methods; the latter are given each message of a stream.
 
-        `regions` is the shared memory that requests may name.
+        `regions` is the shared memory that requests may name. `tracer` traces every request that it samples itself,
+        `traces` those that the trace settings choose.
         """
         self._manager = manager
         self._rpcs = rpcs
         self._to_status = to_status
         self._slow_pool = slow_pool
         self._tracer = tracer
+        self._traces = traces or TraceControl(TraceConfig())
+        self._sampler = self._traces.sampler
         self._streams = streams or {}
         self._infer_streams = InferStreams()
         self._decode_cache = DecodeCache(regions=regions)
@@ -92,16 +97,23 @@ class Dispatcher:
         for model, requests in queued.items():
             self._submit(model, requests, RELOADS_FOLLOWED_MAX)
 
-    def _decode_into(self, queued: dict[ServedModel, list[InferRequest]], call: Call) -> None:
+    def _decode_into(
+        self, queued: dict[ServedModel, list[InferRequest]], call: Call, *, passed_on: bool = False
+    ) -> None:
+        """Decode a request for the version that is to run it; one that is `passed_on` was meant for another before."""
         model = None
-        if self._tracer is not None:
+        if self._tracer is not None and not passed_on:
             call = self._sampled(self._tracer, call)
         try:
             parsed = self._decode_cache.parse(call.message)
             model = self._manager.find(parsed.model_name, parsed.model_version)
+            if self._sampler.armed and not passed_on:
+                call = self._chosen(call, model.interface.name)
             if call.sampled:
                 call.describe(model=model.interface.name, version=model.interface.version)
             request = self._decode_cache.decode(parsed, model.interface, call)
+            if call.sampled:
+                call.describe(request_id=request.id)
         except Exception as error:
             if model is not None:
                 model.statistics.record_refused(Outcome.INVALID)
@@ -111,10 +123,18 @@ class Dispatcher:
 
     @staticmethod
     def _sampled(tracer: Tracer, call: Call) -> Call:
-        if call.sampled:  # passed on to the version that replaced another one
-            return call
         trace = tracer.start_request(name_of(call.method), call.metadata, call.received_ns)
         return call if trace is None else TracedCall(call, trace)
+
+    def _chosen(self, call: Call, model: str) -> Call:
+        """The call, with a trace when the trace settings choose it."""
+        trace = self._traces.begin(call, model)
+        if trace is None:
+            return call
+        if isinstance(call, TracedCall):
+            call.add(trace)
+            return call
+        return TracedCall(call, trace)
 
     def _submit(self, model: ServedModel, requests: list[InferRequest], reloads_left: int) -> None:
         late = model.submit(requests)
@@ -124,7 +144,7 @@ class Dispatcher:
         queued: dict[ServedModel, list[InferRequest]] = {}
         for request in late:
             if reloads_left:
-                self._decode_into(queued, request.call)
+                self._decode_into(queued, request.call, passed_on=True)
             else:
                 model.statistics.record_refused(Outcome.UNAVAILABLE)
                 request.call.fail(

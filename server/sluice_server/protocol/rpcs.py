@@ -17,14 +17,24 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from sluice_server.protocol.interface import TensorInterface
+    from sluice_server.protocol.log_settings import LogSettings
     from sluice_server.protocol.shared_memory import SharedMemory
+    from sluice_server.protocol.trace_settings import TraceSettings
     from sluice_server.repository.manager import ModelManager
     from sluice_server.security.control import ControlPolicy
     from sluice_server.transport.call import Call
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
+EXTENSIONS = (
+    "binary_tensor_data",
+    "logging",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "statistics",
+    "trace",
+)
 """The protocol's extensions that are there, in ServerMetadata; a name is added with the feature."""
 
 _FILE_PREFIX = "file:"
@@ -81,6 +91,14 @@ def rpc_table(
         **{name: Rpc(request, answer) for name, (request, answer) in regions.rpcs().items()},
     }
     return {path_of(name): rpc for name, rpc in rpcs.items()}
+
+
+def settings_table(trace: TraceSettings, log: LogSettings) -> Mapping[str, Rpc]:
+    """The RPCs that tell and change the settings of traces and logs, by their paths."""
+    return {
+        path_of("TraceSetting"): Rpc(pb.TraceSettingRequest, trace.answer),
+        path_of("LogSettings"): Rpc(pb.LogSettingsRequest, log.answer),
+    }
 
 
 class _Questions:

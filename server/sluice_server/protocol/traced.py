@@ -9,10 +9,12 @@ from sluice_server.status import Code
 from sluice_server.transport.call import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
+    import numpy as np
     from typing_extensions import Buffer
 
+    from sluice_server.observability.trace_control import FileTrace
     from sluice_server.observability.tracing import RequestTrace
     from sluice_server.status import Status
     from sluice_server.transport.call import Metadata
@@ -21,13 +23,13 @@ if TYPE_CHECKING:
 class TracedCall(Call):
     """Wraps a call from the transport; only sampled requests pay for it."""
 
-    __slots__ = ("_call", "_facts", "_trace")
+    __slots__ = ("_call", "_facts", "_traces")
 
     sampled = True
 
-    def __init__(self, call: Call, trace: RequestTrace) -> None:
+    def __init__(self, call: Call, trace: RequestTrace | FileTrace) -> None:
         self._call = call
-        self._trace: RequestTrace | None = trace
+        self._traces: list[RequestTrace | FileTrace] = [trace]
         self._facts: dict[str, Any] = {}
         self.method = call.method
         self.message = call.message
@@ -51,27 +53,42 @@ class TracedCall(Call):
         """The names in the client's certificate."""
         return self._call.peer_names
 
+    def add(self, trace: RequestTrace | FileTrace) -> None:
+        """End one more trace with this call."""
+        self._traces.append(trace)
+
     def describe(self, **facts: Any) -> None:
         """Add what the spans tell: the keyword arguments of `RequestTrace.finish`, as they become known."""
         self._facts.update(facts)
 
+    def show(self, activity: str, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Add tensors as they are now to the traces that have any."""
+        tracing = [trace for trace in self._traces if trace.wants_tensors]
+        if tracing:
+            for name, array in tensors:
+                for trace in tracing:
+                    trace.add_tensor(activity, name, array)
+
     def reply(self, parts: Sequence[Buffer]) -> None:
         """End the call and its spans."""
+        ended_ns = time.monotonic_ns()
         self._call.reply(parts)
-        self._end(Code.OK)
+        self._end(Code.OK, ended_ns)
 
     def fail(self, status: Status) -> None:
         """End the call with an error, and its spans."""
+        ended_ns = time.monotonic_ns()
         self._call.fail(status)
-        self._end(status.code)
+        self._end(status.code, ended_ns)
 
     def _client_left(self) -> None:
         if self.on_cancel is not None:
             self.on_cancel()
-        self._end(self.code_of_leaving(time.monotonic_ns()))
+        ended_ns = time.monotonic_ns()
+        self._end(self.code_of_leaving(ended_ns), ended_ns)
 
-    def _end(self, code: Code) -> None:
+    def _end(self, code: Code, ended_ns: int) -> None:
         # A running batch may still answer a call whose client left: the first end counts, as it does on the wire.
-        trace, self._trace = self._trace, None
-        if trace is not None:
-            trace.finish(code, ended_ns=time.monotonic_ns(), **self._facts)
+        traces, self._traces = self._traces, []
+        for trace in traces:
+            trace.finish(code, ended_ns=ended_ns, **self._facts)
