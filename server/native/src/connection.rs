@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio::time::Sleep;
 
+use crate::buffered::{Buffered, Flusher};
 use crate::meter::{Limits, Meter};
 use crate::options::Options;
 use crate::receive;
@@ -84,6 +85,7 @@ pub async fn serve<T>(shared: Arc<Shared>, id: u64, client: Client, handle: Arc<
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let (io, flusher) = Buffered::new(io, Arc::clone(&shared.spare));
     let (io, traffic) = Meter::new(io, limits(&shared.options));
     let Ok(Ok(http2)) = tokio::time::timeout_at(handshake.until, builder(&shared.options).handshake(io)).await else {
         return; // in vain: nobody is left to tell
@@ -97,7 +99,7 @@ where
         unsent: AtomicUsize::new(0),
         inflating: Arc::new(Semaphore::new(1)),
     });
-    let mut serving = Serving::new(connection, handle, http2);
+    let mut serving = Serving::new(connection, handle, http2, flusher);
     std::future::poll_fn(|context| serving.poll(context)).await;
 }
 
@@ -141,7 +143,8 @@ struct Going {
 struct Serving<T> {
     connection: Arc<Connection>,
     handle: Arc<Handle>,
-    http2: h2::server::Connection<Meter<T>, Bytes>,
+    http2: h2::server::Connection<Meter<Buffered<T>>, Bytes>,
+    flusher: Flusher<T>,
     pings: Option<PingPong>,
     born: Instant,
     /// When we pinged the client, until it answers.
@@ -162,13 +165,16 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
     fn new(
         connection: Arc<Connection>,
         handle: Arc<Handle>,
-        mut http2: h2::server::Connection<Meter<T>, Bytes>,
+        mut http2: h2::server::Connection<Meter<Buffered<T>>, Bytes>,
+        flusher: Flusher<T>,
     ) -> Self {
         let pings = http2.ping_pong();
+        flusher.gather();
         Self {
             connection,
             handle,
             http2,
+            flusher,
             pings,
             born: Instant::now(),
             pinged: None,
@@ -212,7 +218,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
                 None => return Poll::Ready(()),
             }
         }
-        Poll::Pending
+        match self.flusher.poll_flush(context) {
+            Poll::Ready(Err(_)) => Poll::Ready(()),
+            _ => Poll::Pending,
+        }
     }
 
     /// Takes what has come; true when the connection is over.

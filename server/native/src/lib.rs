@@ -6,6 +6,7 @@
 
 mod answer;
 mod authority;
+mod buffered;
 mod call;
 mod compression;
 mod connection;

@@ -74,6 +74,7 @@ impl Server {
             calls: Mutex::default(),
             deadlines: Deadlines::default(),
             gauges: Gauges::default(),
+            spare: Arc::default(),
             draining: AtomicBool::new(false),
             quieter: Notify::new(),
         };

@@ -24,6 +24,7 @@ use http::HeaderMap;
 use pyo3::prelude::*;
 use tokio::sync::{Notify, Semaphore};
 
+use crate::buffered::Spare;
 use crate::compression::Encoding;
 use crate::meter::Traffic;
 use crate::options::Options;
@@ -71,6 +72,8 @@ pub struct Shared {
     pub calls: Mutex<HashMap<Key, Open>>,
     pub deadlines: Deadlines,
     pub gauges: Gauges,
+    /// Buffers for whichever connection needs one.
+    pub spare: Arc<Spare>,
     pub draining: AtomicBool,
     /// Told whenever a call ends or a connection closes while the server drains.
     pub quieter: Notify,
