@@ -18,41 +18,42 @@ CALLS_MAX = 64
 COMPANY_MIN = 2.5
 """Mean calls in the server, the new one included, from which on holding pays: two clients never make more than 2."""
 
-BUSY_MIN = 0.5
-"""Share of the time that the loop's thread computes, from which on the loop is the limit. Less than it seems: on a
-machine that is busy with other things the thread often waits for a core."""
+PAUSES_MAX = 0.75
+"""Times per call that the loop's thread lets go of its core to wait, below which the loop is the limit. Measured: 0.35
+with 8 calls in the server and more, 1 with 4, 2.4 with 2, 3.4 for a lone one, also on a machine that is busy with other
+things. (The share of the time that the thread computes says less there, as it often waits for a core then.)"""
 
 SAMPLE_CALLS = 32
-"""Calls between two looks at the clocks: cheap, and load is recognised, and forgotten, within some 64 calls."""
+"""Calls between two looks at the thread: cheap, and load is recognised, and forgotten, within some 64 calls."""
 
 _SMOOTHING = 16
 _PEAK_DECAY = 1 / 64  # per call: the peak of the past is forgotten about as soon as the rest
 
 
 class Gathering:
-    """Tracks arrivals and the loop's load; the clocks are arguments."""
+    """Tracks arrivals and the loop's load; what the thread did is an argument."""
 
-    __slots__ = ("_busy", "_calls", "_cpu_ns", "_mean_company", "_now_ns", "_peak_company")
+    __slots__ = ("_busy", "_calls", "_mean_company", "_pauses", "_peak_company")
 
     def __init__(self) -> None:
-        self._calls = self._now_ns = self._cpu_ns = 0
+        self._calls = self._pauses = 0
         self._busy = False
         self._mean_company = self._peak_company = 0.0
 
     def arrived(self, company: int) -> bool:
         """Note one arrival; `company` is how many calls are in the server with it, itself included.
 
-        True means that a look at the clocks is due: call `sampled`.
+        True means that a look at the thread is due: call `sampled`.
         """
         self._mean_company += (company - self._mean_company) / _SMOOTHING
         self._peak_company = max(company, self._peak_company - self._peak_company * _PEAK_DECAY)
         self._calls += 1
         return self._calls % SAMPLE_CALLS == 0
 
-    def sampled(self, now_ns: int, cpu_ns: int) -> None:
-        """Take the time, and the CPU time of the loop's thread, both since whenever."""
-        self._busy = cpu_ns - self._cpu_ns > BUSY_MIN * (now_ns - self._now_ns)
-        self._now_ns, self._cpu_ns = now_ns, cpu_ns
+    def sampled(self, pauses: int) -> None:
+        """Take how often the loop's thread has let go of its core to wait, since whenever."""
+        self._busy = pauses - self._pauses < PAUSES_MAX * SAMPLE_CALLS
+        self._pauses = pauses
 
     def holds(self, waiting: int) -> bool:
         """Whether `waiting` calls should stay for company."""
