@@ -13,7 +13,7 @@ from sluice_server.repository.autocomplete import DEFAULT_MAX_BATCH_SIZE, comple
 from sluice_server.repository.config import parse_text
 from sluice_server.repository.describe import explain
 from sluice_server.repository.errors import ConfigError, ModelLoadError
-from sluice_server.repository.validate import unit_tensors
+from sluice_server.repository.validate import scalar_tensors
 
 
 def graph(*, inputs: dict[str, tuple[int, ...]], outputs: dict[str, tuple[int, ...]]) -> GraphSignature:
@@ -119,13 +119,13 @@ def test_a_scalar_is_listed_as_one_element_and_a_vector_of_a_batching_model_too(
     config = completed(None, scalar)
     assert config.max_batch_size == 0
     assert (list(config.input[1].dims), config.input[1].HasField("reshape")) == ([1], False)
-    assert unit_tensors(config, scalar) == {"rate"}
+    assert scalar_tensors(config, scalar) == {"rate"}
 
     vector = graph(inputs={"x": (-1, 4)}, outputs={"label": (-1,), "p": (-1, 3), "one": (-1, 1)})
     config = completed(None, vector)
     assert config.max_batch_size == 4
     assert (list(config.output[0].dims), config.output[0].HasField("reshape")) == ([1], True)
-    assert unit_tensors(config, vector) == {"label"}
+    assert scalar_tensors(config, vector) == frozenset()
     assert both_steps(config, vector) == config
 
 
@@ -226,7 +226,17 @@ def test_neither_step_changes_what_it_is_given() -> None:
         ),
         (
             "max_batch_size: 4" + X.replace("dims: 64", "dims: [ 1, 2 ] reshape {}") + P,
-            ("model input 'X'", "dims [1,2] and an empty reshape"),
+            ("input[0].reshape of 'X' is []", "different size than dims [1,2]"),
+        ),
+        *(
+            (X.replace("dims: 64", f"dims: {dims} reshape {{ shape: {shape} }}") + P, facts)
+            for dims, shape, facts in [
+                ("64", "[ 8, 7 ]", ("input[0].reshape of 'X' is [8,7]", "different size than dims [64]")),
+                ("64", "[ 64, -1 ]", ("input[0].reshape of 'X' is [64,-1]", "different number of variable-size")),
+                ("[ 2, -1, 6 ]", "[ 6, -1, 2 ]", ("input[0].reshape of 'X' is [6,-1,2]", "different size")),
+                ("64", "[ 64, 0 ]", ("input[0].reshape of 'X' is [64,0]", "sizes of 1 and more")),
+                ("64", "[ 64, -2 ]", ("input[0].reshape of 'X' is [64,-2]", "sizes of 1 and more")),
+            ]
         ),
         (
             "max_batch_size: 4" + X.replace("dims: 64", "dims: 64 optional: true") + P,

@@ -46,8 +46,6 @@ REFUSALS = [
     ("input { allow_ragged_batch: true }", "input[0].allow_ragged_batch"),
     ("input {} input { is_shape_tensor: true }", "input[1].is_shape_tensor"),
     ("input { is_non_linear_format_io: true }", "input[0].is_non_linear_format_io"),
-    ("input { reshape { shape: [ 2, 3 ] } }", "input[0].reshape.shape[0]"),
-    ("output { reshape { shape: 6 } }", "output[0].reshape.shape[0]"),
     ("output { is_shape_tensor: true }", "output[0].is_shape_tensor"),
     ("output { is_non_linear_format_io: true }", "output[0].is_non_linear_format_io"),
     ("dynamic_batching { preserve_ordering: true }", "dynamic_batching.preserve_ordering"),

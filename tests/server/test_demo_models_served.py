@@ -226,8 +226,8 @@ def wrong_inputs(name: str = "X", shape: tuple[int, ...] = (1, 64), datatype: st
     ([], {}, "INVALID_ARGUMENT", ["expected 1 inputs but got 0"]),
     (wrong_inputs(), {"outputs": [triton.InferRequestedOutput("NOPE")]}, "INVALID_ARGUMENT",
      ["unexpected inference output 'NOPE'"]),
-    (wrong_inputs(), {"outputs": [triton.InferRequestedOutput("probabilities", class_count=3)]}, "UNIMPLEMENTED",
-     ["classification"]),
+    (wrong_inputs(), {"outputs": [triton.InferRequestedOutput("probabilities", class_count=-1)]}, "INVALID_ARGUMENT",
+     ["'classification'", "-1"]),
 ])  # fmt: skip
 def test_what_the_client_can_get_wrong_comes_back_as_its_own_exception(inputs, how, code, facts, client):
     call = {"model_name": "digits_mlp", **how}

@@ -14,6 +14,7 @@ from sluice_batching import NO_DEADLINE
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
 from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_proto.tensors import BY_NAME
+from sluice_server.errors import Internal
 from sluice_server.execution.request import InferRequest
 from sluice_server.protocol.encode import HEADS_MAX, Encoder
 from sluice_server.protocol.interface import ModelInterface
@@ -27,12 +28,15 @@ NUMERIC = ["BOOL", "UINT8", "UINT64", "INT8", "INT64", "FP16", "FP32", "FP64"]
 
 
 def interface(
-    *datatypes: str, max_batch_size: int = 0, dims: tuple[int, ...] = (-1,), units: frozenset[str] = frozenset()
+    *datatypes: str, max_batch_size: int = 0, dims: tuple[int, ...] = (-1,), reshape: tuple[int, ...] | None = None
 ):
     config = ModelConfig(name="m", max_batch_size=max_batch_size)
     for number, datatype in enumerate(datatypes):
-        config.output.add(name=f"Y{number}", data_type=BY_NAME[datatype].config_type, dims=dims)
-    return ModelInterface.of(config, 3, units)
+        output = config.output.add(name=f"Y{number}", data_type=BY_NAME[datatype].config_type, dims=dims)
+        if reshape is not None:
+            output.reshape.shape[:] = reshape
+            output.reshape.SetInParent()
+    return ModelInterface.of(config, 3)
 
 
 def asked(names: tuple[str, ...], rows: int = 1, request_id: str = "") -> InferRequest:
@@ -134,13 +138,25 @@ def _shares_memory(part: Buffer, array: np.ndarray) -> bool:
     return np.shares_memory(np.frombuffer(part, np.uint8), array)
 
 
-@pytest.mark.parametrize(("batch", "array", "shape"), [
-    (0, np.float32(5), [1]),
-    (8, np.zeros(3, np.float32), [3, 1]),
+@pytest.mark.parametrize(("batch", "graph_shape", "reshape", "dims", "shape"), [
+    (0, (), (), (1,), [1]),
+    (0, (), (), (1, 1), [1, 1]),
+    (8, (3,), (), (1,), [3, 1]),
     # A graph that does not say its output's rank may give any.
-    (0, np.zeros((2, 2), np.float32), [2, 2]),
+    (0, (2, 2), (), (1,), [2, 2]),
+    (0, (6,), (6,), (2, 3), [2, 3]),
+    (8, (3, 6), (6,), (2, 3), [3, 2, 3]),
+    (8, (3, 7, 6, 0), (-1, 6, -1), (-1, 2, 3, -1), [3, 7, 2, 3, 0]),
 ])  # fmt: skip
-def test_a_unit_tensor_gets_the_dimension_that_the_graph_lacks(batch, array, shape):
-    units = frozenset({"Y0"})
-    response = encode(Encoder(interface("FP32", max_batch_size=batch, dims=(1,), units=units)), [np.asarray(array)])
+def test_an_output_has_the_dims_of_the_configuration_for_clients(batch, graph_shape, reshape, dims, shape):
+    encoder = Encoder(interface("FP32", max_batch_size=batch, dims=dims, reshape=reshape))
+    array = np.arange(np.prod(graph_shape), dtype=np.float32).reshape(graph_shape)
+    response = encode(encoder, [array])
     assert list(response.outputs[0].shape) == shape
+    assert response.raw_output_contents[0] == array.tobytes()
+
+
+def test_an_output_of_another_size_than_the_configuration_says_is_the_models_fault():
+    encoder = Encoder(interface("FP32", dims=(2, 3), reshape=(6,)))
+    with pytest.raises(Internal, match=r"'Y0' came out with shape \[5\], which .* makes \[2,3\]"):
+        encode(encoder, [np.zeros(5, np.float32)])

@@ -134,6 +134,16 @@ def write_model(
     return directory
 
 
+def write_configured(repository: Path, name: str, model: bytes, text: str) -> Path:
+    """Add a model with one instance and the rest of its config.pbtxt as `text` says. Gives its directory."""
+    directory = repository / name
+    (directory / "1").mkdir(parents=True)
+    (directory / "1" / "model.onnx").write_bytes(model)
+    group = "instance_group { count: 1 kind: KIND_CPU }"
+    (directory / "config.pbtxt").write_text(f'backend: "onnxruntime"\n{group}\n{text}\n')
+    return directory
+
+
 def config_text(model: bytes, max_batch_size: int, instances: int) -> str:
     """A config.pbtxt that says of the tensors what the model file says; without the name and the scheduler."""
     graph = onnx.load_from_string(model).graph

@@ -23,7 +23,8 @@ from sluice_server.observability.statistics import ModelStatistics
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
 from sluice_server.repository.autocomplete import complete, normalize
-from sluice_server.repository.validate import unit_tensors
+from sluice_server.repository.labels import read_labels
+from sluice_server.repository.validate import scalar_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,6 +81,8 @@ class PreparedModel:
 
     config: ModelConfig
     groups: tuple[DeviceGroup, ...]
+    labels: Mapping[str, tuple[bytes, ...]]
+    """The names of the classes of the outputs that have a label file, by the outputs' names."""
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -116,7 +119,7 @@ def prepare(
         auto_complete=settings.auto_complete,
         default_max_batch_size=settings.default_max_batch_size,
     )
-    return PreparedModel(completed, tuple(groups))
+    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path))
 
 
 def _placements(config: ModelConfig) -> list[tuple[int, int, int, str]]:
@@ -145,8 +148,8 @@ class ModelLoader:
         """Load one version; it takes requests once it is started."""
         prepared = prepare(directory, version, config, self._settings, self._host)
         completed = prepared.config
-        units = unit_tensors(completed, prepared.groups[0].session.signature)
-        interface = ModelInterface.of(completed, version, units)
+        scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
+        interface = ModelInterface.of(completed, version, scalars, prepared.labels)
         queue: BatchQueue[InferRequest] = BatchQueue(self._queue_policy(completed))
         statistics = ModelStatistics()
         runner = BatchRunner(

@@ -2,8 +2,8 @@
 
 The order and the codes are the contract (compatibility, section 3): parameters, duplicate names, tensor data, outputs,
 number of inputs, their names, batch size, data types, shapes, sizes. Every check happens before the queue. Arrays are
-views over the received message: nothing is copied and nothing is allocated for what a request merely claims. What is in
-shared memory is found here, and read when the request runs.
+views over the received message: nothing is copied and nothing is allocated for what a request merely claims. What is
+in shared memory is found here, and read when the request runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sluice_server.execution.request import InferRequest
 from sluice_server.execution.shared_memory import SharedTensor, SharedTensors, Window
 from sluice_server.graph import format_shape
 from sluice_server.protocol import shared_memory
+from sluice_server.protocol.classification import CLASSIFICATION, Classes, class_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +39,12 @@ EMPTY_CELLS_MAX = 65_536
 """What the dimensions of a tensor without elements may multiply to, the zeros left out. They cost its sender nothing,
 and a model that reduces over the empty dimension would allocate all of the rest."""
 
+SEQUENCE_ID_BYTES_MAX = 128
+"""Of a sequence_id that is text: Triton's limit."""
+
 _NS_PER_US = 1000
+_NO_WISHES: tuple[dict[str, Window], dict[str, int]] = ({}, {})
+_ANY_KIND = ("int64_param", "bool_param", "string_param", "double_param")
 _BATCH_NOTE = (
     " max_batch_size is set for this model, so the first dimension of every input is the batch and is not part of"
     " the dims in its configuration; set max_batch_size to 0 to give whole shapes there."
@@ -80,14 +86,20 @@ def decode(
     by_name = {tensor.name: tensor for tensor in inputs}
     if len(by_name) != len(inputs):
         raise _Refusal(message).because(f"input '{_first_duplicate(inputs)}' already exists in request")
+    outputs = message.outputs
+    output_names = _requested_outputs(message) if outputs else interface.output_names
     sources = _find_data(parsed, interface, call, regions)
-    windows = _output_windows(message, call, regions) if message.outputs else {}
-    output_names = _requested_outputs(message, interface) if message.outputs else interface.output_names
+    windows, counts = _output_wishes(message, call, regions) if outputs else _NO_WISHES
     _check_names(message, by_name, interface)
     rows = _batch_rows(message, interface)
     arrays: dict[str, Any] = {}
     for tensor, source in zip(inputs, sources, strict=True):
         arrays[tensor.name] = _array(message, tensor, source, interface)
+    if not rows:
+        raise _Refusal(message).because(
+            f"inference request batch-size must be >= 1 for '{interface.name}', got 0: input byte size mismatch, the"
+            " inputs hold the data of no row"
+        )
     key: Any = output_names
     if interface.variable:
         first = 1 if interface.max_batch_rows else 0
@@ -97,8 +109,13 @@ def decode(
         shared = SharedTensors({name: item for name, item in arrays.items() if type(item) is SharedTensor}, windows)
         arrays = {name: item for name, item in arrays.items() if name not in shared.inputs}
         key = (key, shared.kind)
+    classes = None
+    if counts:
+        has_rows = interface.max_batch_rows > 0
+        classes = {name: Classes(interface.outputs[name], count, has_rows) for name, count in counts.items()}
+        key = (key, CLASSIFICATION)
     deadline_ns = deadline_of(call, timeout_us) if timeout_us else call.deadline_ns
-    return InferRequest(call, message.id, arrays, output_names, rows, key, deadline_ns, shared)
+    return InferRequest(call, message.id, arrays, output_names, rows, key, deadline_ns, shared, classes)
 
 
 class _Refusal:
@@ -124,11 +141,15 @@ def check_parameters(parameters: Any) -> int:
         if expected is not None:
             if kind not in expected:
                 raise InvalidArgument(f"invalid value type for '{key}' parameter, expected {' or '.join(expected)}.")
+        elif kind is None:
+            raise InvalidArgument(f"invalid value type for '{key}' parameter, expected one of {', '.join(_ANY_KIND)}.")
         elif key.startswith(_RESERVED_PREFIX):
             raise InvalidArgument(
                 f"parameter '{key}' is not known: keys starting with '{_RESERVED_PREFIX}' are reserved, and only"
                 f" {_EMPTY_FINAL_RESPONSE} is allowed"
             )
+    if "sequence_id" in parameters and len(parameters["sequence_id"].string_param.encode()) > SEQUENCE_ID_BYTES_MAX:
+        raise Unimplemented(f"a sequence_id of text cannot be longer than {SEQUENCE_ID_BYTES_MAX} characters")
     if "priority" in parameters and parameters["priority"].int64_param < 0:
         raise InvalidArgument("invalid value for 'priority', expected value >= 0.")
     timeout_us: int = parameters["timeout"].int64_param if "timeout" in parameters else 0
@@ -185,6 +206,10 @@ def _find_data(parsed: ParsedRequest, interface: ModelInterface, call: Call, reg
     return sources
 
 
+# The data type that a field of InferTensorContents is named for: the widest that it carries.
+_TYPES_OF_CONTENTS = {dtype.contents_field: dtype.name for dtype in tensors.BY_NAME.values()}
+
+
 def _typed_source(tensor: Any, interface: ModelInterface, *, raw_is_used: bool) -> Any:
     where = f"for input tensor '{tensor.name}' for model '{interface.name}'"
     if raw_is_used:
@@ -195,53 +220,54 @@ def _typed_source(tensor: Any, interface: ModelInterface, *, raw_is_used: bool) 
             f"unexpected explicit tensor data {where}: more than one field is filled: {', '.join(filled)}"
         )
     dtype = tensors.BY_NAME.get(tensor.datatype)
-    if dtype is not None and filled and filled[0] != dtype.contents_field:
-        wanted = dtype.contents_field or "raw_input_contents only"
+    if filled and (dtype is None or filled[0] != dtype.contents_field):
+        carried = (
+            "is unknown" if dtype is None else f"is carried by {dtype.contents_field or 'raw_input_contents only'}"
+        )
         raise InvalidArgument(
-            f"unexpected explicit tensor data {where}: {filled[0]} is filled,"
-            f" but datatype '{tensor.datatype}' is carried by {wanted}"
+            f"unexpected explicit tensor data {where} of type '{_TYPES_OF_CONTENTS[filled[0]]}', expected datatype"
+            f" '{tensor.datatype}', which {carried}"
         )
     return tensor.contents
 
 
-def _requested_outputs(message: ModelInferRequest, interface: ModelInterface) -> tuple[str, ...]:
+def _requested_outputs(message: ModelInferRequest) -> tuple[str, ...]:
     """The names asked for, in that order; a name twice is refused, as newer Triton does."""
-    names = tuple(output.name for output in message.outputs)
-    for output in message.outputs:
-        if output.parameters:
-            _check_output_parameters(output)
+    names = tuple([output.name for output in message.outputs])
     if len(set(names)) != len(names):
         raise _Refusal(message).because(f"output '{_first_duplicate(message.outputs)}' already exists in request")
-    for name in names:
-        if name not in interface.outputs:
-            raise InvalidArgument(
-                f"unexpected inference output '{name}' for model '{interface.name}',"
-                f" it has {', '.join(interface.outputs)}"
-            )
     return names
 
 
-def _output_windows(message: ModelInferRequest, call: Call, regions: SharedMemory) -> dict[str, Window]:
-    """Where outputs go that are to be in shared memory."""
-    windows = {}
+def _output_wishes(
+    message: ModelInferRequest, call: Call, regions: SharedMemory
+) -> tuple[dict[str, Window], dict[str, int]]:
+    """Where outputs go that are to be in shared memory, and of how many classes those are that are to be classified."""
+    windows, counts = {}, {}
     for output in message.outputs:
-        if output.parameters and shared_memory.REGION in output.parameters:
-            if "classification" in output.parameters:
-                raise InvalidArgument(
-                    f"output '{output.name}' has both 'classification' and '{shared_memory.REGION}': the classes of an"
-                    " output do not go to shared memory"
-                )
+        if not output.parameters:
+            continue
+        if shared_memory.REGION in output.parameters:
             windows[output.name] = regions.window(f"output '{output.name}'", output.parameters, call)
-    return windows
-
-
-def _check_output_parameters(output: Any) -> None:
-    if "classification" in output.parameters:
-        raise Unimplemented(f"classification is not implemented in this version: output '{output.name}' asks for it")
+        count = class_count(output.parameters)
+        if count and output.name in windows:
+            raise InvalidArgument(
+                f"output '{output.name}' has both '{CLASSIFICATION}' and '{shared_memory.REGION}': the classes of an"
+                " output do not go to shared memory"
+            )
+        if count:
+            counts[output.name] = count
+    return windows, counts
 
 
 def _check_names(message: ModelInferRequest, by_name: dict[str, Any], interface: ModelInterface) -> None:
-    """First the number of inputs, then their names: Triton's order."""
+    """First the outputs' names, then the number of inputs, then their names: Triton's order."""
+    for output in message.outputs:
+        if output.name not in interface.outputs:
+            raise InvalidArgument(
+                f"unexpected inference output '{output.name}' for model '{interface.name}',"
+                f" it has {', '.join(interface.outputs)}"
+            )
     if not interface.required_inputs <= len(by_name) <= len(interface.inputs):
         raise _Refusal(message).because(_count_text(by_name, interface))
     for name in by_name:
@@ -288,8 +314,6 @@ def _batch_rows(message: ModelInferRequest, interface: ModelInterface) -> int:
         raise _Refusal(message).because(
             f"inference request batch-size must be <= {limit} for '{interface.name}', got {rows}"
         )
-    if rows == 0:
-        raise _Refusal(message).because(f"inference request batch-size must be >= 1 for '{interface.name}', got 0")
     return int(rows)
 
 
@@ -307,8 +331,8 @@ def _array(
     dims = shape[1:] if interface.max_batch_rows else shape
     if not expected.accepts(dims) or min(shape, default=0) < 0:
         raise _shape_error(message, expected, shape, interface)
-    if expected.unit:
-        shape = shape[:-1]
+    if expected.graph_dims is not None:
+        shape = expected.to_graph(shape, 1 if interface.max_batch_rows else 0)
     array: np.ndarray | SharedTensor
     try:
         if isinstance(source, (bytes, memoryview)):

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from sluice_proto import tensors, wire
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
+from sluice_server.errors import Internal
 from sluice_server.execution.shared_memory import write_outputs
+from sluice_server.graph import format_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     import numpy as np
     from typing_extensions import Buffer
@@ -37,11 +39,12 @@ _RAW_FIELD = ModelInferResponse.DESCRIPTOR.fields_by_name["raw_output_contents"]
 class Encoder:
     """Encodes the answers of one model version; used by all of its instance threads at once."""
 
-    __slots__ = ("_has_text", "_has_units", "_heads", "_interface")
+    __slots__ = ("_batch_dims", "_has_other_shapes", "_has_text", "_heads", "_interface")
 
     def __init__(self, interface: ModelInterface) -> None:
         self._interface = interface
-        self._has_units = any(output.unit for output in interface.outputs.values())
+        self._batch_dims = 1 if interface.max_batch_rows else 0
+        self._has_other_shapes = any(output.graph_dims is not None for output in interface.outputs.values())
         self._has_text = any(not output.dtype.itemsize for output in interface.outputs.values())
         self._heads: dict[tuple[object, ...], bytes] = {}
 
@@ -52,10 +55,11 @@ class Encoder:
         of one are its own, whatever their shapes. A BYTES array has elements of `bytes`.
         """
         names = batch[0].output_names
-        if self._has_units:
+        if self._has_other_shapes:
             arrays = [self._as_seen(name, array) for name, array in zip(names, arrays, strict=True)]
-        if batch[0].shared is not None and batch[0].shared.outputs:
-            return self._encode_shared(batch, arrays)
+        first = batch[0]
+        if first.classes is not None or (first.shared is not None and first.shared.outputs):
+            return self._encode_each(batch, arrays)
         if len(batch) == 1:
             return [self._encode_one(names, batch[0].id, arrays)]
         rows = [request.rows for request in batch]
@@ -80,8 +84,8 @@ class Encoder:
             parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)  # type: ignore[arg-type] # as `Raw` says
         return parts
 
-    def _encode_shared(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
-        """Write outputs to shared memory; in the answers each of them is empty."""
+    def _encode_each(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
+        """Answers with classes in place of values, or without what goes to shared memory instead."""
         answers = []
         start = 0
         for request in batch:
@@ -89,12 +93,16 @@ class Encoder:
             if len(batch) > 1:
                 own = [array[start : start + request.rows] for array in arrays]
                 start += request.rows
-            assert request.shared is not None, "requests of a batch have the same outputs in shared memory"
-            names, windows = request.output_names, request.shared.outputs
+            names, classes = request.output_names, request.classes or {}
+            windows = {} if request.shared is None else request.shared.outputs
+            if classes:
+                own = [
+                    classes[name].of(each) if name in classes else each for name, each in zip(names, own, strict=True)
+                ]
             raws = dict(zip(names, map(tensors.to_buffer, own), strict=True))
             write_outputs(windows, {name: raws[name] for name in windows})  # type: ignore[misc] # as `Raw` says
             parts: list[Buffer] = [_id_field(request.id)] if request.id else []
-            parts.append(self._head(names, [array.shape for array in own]))
+            parts.append(self._head(names, [array.shape for array in own], classes))
             for name, data in raws.items():
                 raw = b"" if name in windows else data
                 parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)  # type: ignore[arg-type] # as `Raw` says
@@ -102,9 +110,14 @@ class Encoder:
         return answers
 
     def _as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
-        output = self._interface.outputs[name]
-        graph_rank = len(output.dims) - 1 + (self._interface.max_batch_rows > 0)
-        return array.reshape((*array.shape, 1)) if output.unit and array.ndim == graph_rank else array
+        shape = self._interface.outputs[name].to_client(array.shape, self._batch_dims)
+        try:
+            return array.reshape(shape)
+        except ValueError as error:
+            raise Internal(
+                f"output '{name}' came out with shape {format_shape(array.shape)}, which the model's configuration"
+                f" makes {format_shape(shape)}"
+            ) from error
 
     def _cut(self, name: str, array: np.ndarray, rows: Sequence[int]) -> list[Raw]:
         """The raw tensors of one output, for each request its own."""
@@ -117,15 +130,18 @@ class Encoder:
         flat = data if isinstance(data, bytes) else memoryview(data)  # type: ignore[arg-type] # as `Raw` says
         return [flat[start * row_bytes : stop * row_bytes] for start, stop in bounds]
 
-    def _head(self, names: tuple[str, ...], shapes: Sequence[tuple[int, ...]]) -> bytes:
-        """The answer without its id and its raw tensors."""
-        key = (names, *shapes)
+    def _head(
+        self, names: tuple[str, ...], shapes: Sequence[tuple[int, ...]], classified: Collection[str] = ()
+    ) -> bytes:
+        """The answer without its id and its raw tensors; `classified` are outputs that have classes for values."""
+        key = (names, *shapes, *classified)
         head = self._heads.get(key)
         if head is None:
             interface = self._interface
             response = ModelInferResponse(model_name=interface.name, model_version=interface.version)
             for name, shape in zip(names, shapes, strict=True):
-                response.outputs.add(name=name, datatype=interface.outputs[name].dtype.name, shape=shape)
+                datatype = "BYTES" if name in classified else interface.outputs[name].dtype.name
+                response.outputs.add(name=name, datatype=datatype, shape=shape)
             if len(self._heads) >= HEADS_MAX:
                 self._heads.clear()
             head = self._heads[key] = response.SerializeToString()

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from sluice_proto.tensors import BY_CONFIG_TYPE, DType
 from sluice_server.graph import VARIABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
+
+NO_LABELS: Mapping[str, tuple[bytes, ...]] = MappingProxyType({})
+"""Of a model without label files."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInterface:
     """One input or output as clients see it; `dims` leave the batch dimension out, -1 is any size.
 
-    `unit` tensors have a last dimension of 1 for clients that the graph's own tensor lacks: a configuration cannot
-    write a tensor without dims.
+    `graph_dims` are the dims of the graph's own tensor where they are others: by `reshape`, or because a configuration
+    cannot write a scalar, which is [1] there. They hold as many elements, and as many open dimensions in the same
+    order. `labels` are the names of the classes of an output, by their index; an empty one is none.
     """
 
     name: str
     dtype: DType
     dims: tuple[int, ...]
     optional: bool
-    unit: bool = False
+    graph_dims: tuple[int, ...] | None = None
+    labels: tuple[bytes, ...] = ()
 
     @property
     def variable(self) -> bool:
@@ -37,6 +45,24 @@ class TensorInterface:
             len(dims) == len(self.dims)
             and all(wanted in (VARIABLE, got) for wanted, got in zip(self.dims, dims, strict=True))
         )
+
+    def to_graph(self, shape: tuple[int, ...], batch_dims: int) -> tuple[int, ...]:
+        """The graph's shape of an accepted tensor of a client; both begin with `batch_dims` dimensions, 0 or 1."""
+        return _carried(shape, batch_dims, self.dims, self.dims if self.graph_dims is None else self.graph_dims)
+
+    def to_client(self, shape: tuple[int, ...], batch_dims: int) -> tuple[int, ...]:
+        """The client's shape of a tensor that the graph gave; one of another rank, which it may have, is kept."""
+        if self.graph_dims is None or len(shape) - batch_dims != len(self.graph_dims):
+            return shape
+        return _carried(shape, batch_dims, self.graph_dims, self.dims)
+
+
+def _carried(
+    shape: tuple[int, ...], batch_dims: int, dims: tuple[int, ...], other_dims: tuple[int, ...]
+) -> tuple[int, ...]:
+    """A shape of `dims` as one of `other_dims`: the sizes of the open dimensions go over in their order."""
+    sizes = iter([size for size, dim in zip(shape[batch_dims:], dims, strict=True) if dim == VARIABLE])
+    return (*shape[:batch_dims], *(next(sizes) if dim == VARIABLE else dim for dim in other_dims))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +80,25 @@ class ModelInterface:
     """Whether two valid requests may differ in more than their rows, so that a batch key must tell them apart."""
 
     @classmethod
-    def of(cls, config: ModelConfig, version: int, units: frozenset[str] = frozenset()) -> ModelInterface:
-        """Read a completed configuration; `units` are the names of its unit tensors."""
+    def of(
+        cls,
+        config: ModelConfig,
+        version: int,
+        scalars: frozenset[str] = frozenset(),
+        labels: Mapping[str, tuple[bytes, ...]] = NO_LABELS,
+    ) -> ModelInterface:
+        """Read a completed configuration; `scalars` are the tensors that are scalars in the graph."""
 
         def read(item: ModelInput | ModelOutput, *, optional: bool) -> TensorInterface:
-            dtype = BY_CONFIG_TYPE[item.data_type]
-            return TensorInterface(item.name, dtype, tuple(item.dims), optional, item.name in units)
+            graph_dims = tuple(item.reshape.shape) if item.HasField("reshape") else None
+            return TensorInterface(
+                item.name,
+                BY_CONFIG_TYPE[item.data_type],
+                tuple(item.dims),
+                optional,
+                () if item.name in scalars else graph_dims,
+                labels.get(item.name, ()),
+            )
 
         inputs = {item.name: read(item, optional=item.optional) for item in config.input}
         outputs = {item.name: read(item, optional=False) for item in config.output}

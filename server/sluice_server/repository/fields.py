@@ -33,6 +33,7 @@ IMPLEMENTED: Final = frozenset(
         "input.format",
         "input.dims",
         "input.reshape",
+        "input.reshape.shape",
         "input.optional",
         "output",
         "output.name",
@@ -40,6 +41,7 @@ IMPLEMENTED: Final = frozenset(
         "output.dims",
         "output.label_filename",
         "output.reshape",
+        "output.reshape.shape",
         "instance_group",
         "instance_group.name",
         "instance_group.count",
@@ -66,10 +68,7 @@ IMPLEMENTED: Final = frozenset(
         "parameters.string_value",
     }
 )
-"""Fields that do what they say, or say nothing but a hint (`format`, pinned memory, `label_filename` until asked for).
-
-`reshape` stands here for its empty form alone, which takes a dimension of 1 away; `reshape.shape` is refused.
-"""
+"""Fields that do what they say, or say nothing but a hint (`format`, pinned memory)."""
 
 REFUSED: Final = frozenset(
     {
@@ -86,11 +85,9 @@ REFUSED: Final = frozenset(
         "response_cache",
         "runtime",
         "model_metrics",
-        "input.reshape.shape",
         "input.is_shape_tensor",
         "input.allow_ragged_batch",
         "input.is_non_linear_format_io",
-        "output.reshape.shape",
         "output.is_shape_tensor",
         "output.is_non_linear_format_io",
         "instance_group.profile",

@@ -107,16 +107,17 @@ def check_graph(config: ModelConfig, signature: GraphSignature) -> None:
         _check_dims(config, output, outputs[output.name])
 
 
-def unit_tensors(config: ModelConfig, signature: GraphSignature) -> frozenset[str]:
-    """Name the inputs and outputs that clients see with a last dimension of 1 which the graph's tensor lacks.
+def scalar_tensors(config: ModelConfig, signature: GraphSignature) -> frozenset[str]:
+    """Name the inputs and outputs of a model without batches that are scalars in its graph.
 
-    A configuration cannot write a tensor without dims, so a scalar (a vector, when the model batches) is listed as
-    [1]. Inputs lose that dimension before the run, outputs gain it after, if they do come out without it: a signature
-    shows a tensor of unknown rank as a scalar too.
+    A configuration cannot write a tensor without dims, so these are [1], or [1,1], for clients. Inputs lose the
+    dimensions before the run, outputs gain them after, if they do come out as scalars: a signature shows a tensor of
+    unknown rank as a scalar too.
     """
-    ranks = {spec.name: len(spec.shape) for spec in (*signature.inputs, *signature.outputs)}
-    batch = 1 if config.max_batch_size else 0
-    return frozenset(tensor.name for tensor in _tensors(config) if len(tensor.dims) + batch == ranks[tensor.name] + 1)
+    if config.max_batch_size:
+        return frozenset()
+    scalars = {spec.name for spec in (*signature.inputs, *signature.outputs) if not spec.shape}
+    return frozenset(tensor.name for tensor in _tensors(config) if tensor.name in scalars)
 
 
 def path_problem(path: str) -> str:
@@ -149,7 +150,8 @@ def _check_tensors(kind: str, tensors: Sequence[Tensor], config: ModelConfig, mo
     for index, tensor in enumerate(tensors):
         where = f"{kind}[{index}]"
         _check_tensor(tensor, where, model)
-        _check_reshape(tensor, kind, config.max_batch_size, model)
+        if tensor.HasField("reshape"):
+            _check_reshape(tensor, f"{where}.reshape", config.max_batch_size, model)
         if tensor.name in names:
             raise _config_error(model, f"{where}.name", f"'{tensor.name}' is the name of another {kind}")
         names.add(tensor.name)
@@ -167,24 +169,35 @@ def _check_tensor(tensor: Tensor, where: str, model: str) -> None:
         raise _config_error(model, f"{where}.dims", what)
 
 
-def _check_reshape(tensor: Tensor, kind: str, max_batch_size: int, model: str) -> None:
-    """Allow the empty reshape of [1] alone, where batching leaves a dimension; fields.py refuses all others."""
-    if not tensor.HasField("reshape"):
-        return
-    if not max_batch_size:
+def _check_reshape(tensor: Tensor, where: str, max_batch_size: int, model: str) -> None:
+    """Check that dims and reshape hold the same elements: as many between each two dimensions that are open."""
+    dims, shape = tuple(tensor.dims), tuple(tensor.reshape.shape)
+    if not (shape or max_batch_size):
         raise ConfigError(
-            f"model {kind} '{tensor.name}' cannot have empty reshape for non-batching model"
+            f"model {where.partition('[')[0]} '{tensor.name}' cannot have empty reshape for non-batching model"
             f" as scalar tensors are not supported for {model}",
             model=model,
-            field=f"{kind}.reshape",
+            field=where,
         )
-    if tuple(tensor.dims) != SCALAR_DIMS:
-        raise ConfigError(
-            f"model {kind} '{tensor.name}' of {model} has dims {format_shape(tensor.dims)} and an empty reshape,"
-            " which holds 1 element",
-            model=model,
-            field=f"{kind}.reshape",
-        )
+    of = f"of '{tensor.name}' is {format_shape(shape)}"
+    if any(dim < 1 and dim != VARIABLE for dim in shape):
+        raise _config_error(model, where, f"{of}, expected sizes of 1 and more, or -1 for any")
+    if shape.count(VARIABLE) != dims.count(VARIABLE):
+        what = f"{of}, which has a different number of variable-size dimensions than dims {format_shape(dims)}"
+        raise _config_error(model, where, what)
+    if _sizes_between_open(shape) != _sizes_between_open(dims):
+        raise _config_error(model, where, f"{of}, which has a different size than dims {format_shape(dims)}")
+
+
+def _sizes_between_open(dims: tuple[int, ...]) -> list[int]:
+    """How many elements the dimensions before, between and behind the open ones have."""
+    sizes = [1]
+    for dim in dims:
+        if dim == VARIABLE:
+            sizes.append(1)
+        else:
+            sizes[-1] *= dim
+    return sizes
 
 
 def _check_presence(config: ModelConfig, signature: GraphSignature) -> None:
@@ -216,7 +229,7 @@ def _check_datatype(config: ModelConfig, kind: str, tensor: Tensor, spec: Tensor
 
 
 def _check_dims(config: ModelConfig, tensor: Tensor, spec: TensorSpec) -> None:
-    dims = () if tensor.HasField("reshape") else tuple(tensor.dims)
+    dims = tuple(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims)
     start = f"model '{config.name}', tensor '{tensor.name}': "
     if config.max_batch_size:
         if not spec.shape or spec.shape[0] != VARIABLE:
@@ -231,7 +244,7 @@ def _check_dims(config: ModelConfig, tensor: Tensor, spec: TensorSpec) -> None:
             f" complete shape {format_shape(dims)})"
         )
     else:
-        if not spec.shape and dims == SCALAR_DIMS:
+        if not spec.shape and set(dims) == set(SCALAR_DIMS):
             return
         how = f" (shape {format_shape(dims)})"
     if not _fits(dims, spec.shape):

@@ -1,6 +1,7 @@
-"""Every refusal of an inference request: its code, its facts, and a server that goes on as if nothing had been.
+"""The table of bad inference requests: what is wrong with each, the code and the facts of its refusal.
 
-The cases are in the order of the checks. Each begins with a valid request and spoils it.
+The cases are in the order of the checks. Each begins with a valid request and spoils it. They are messages of gRPC;
+another front may translate them, all but those that are `grpc_only`, whose mistake it cannot make.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import grpc
 import numpy as np
-import pytest
 
 from sluice_proto.grpc_service_pb2 import InferParameter, ModelInferRequest
-from sluice_server.observability.statistics import Outcome
+from sluice_server.status import Code
+from support import models
 from support.requests import infer_request, parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-INVALID = grpc.StatusCode.INVALID_ARGUMENT
-NOT_FOUND = grpc.StatusCode.NOT_FOUND
-UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
-INTERNAL = grpc.StatusCode.INTERNAL
+INVALID = Code.INVALID_ARGUMENT
+NOT_FOUND = Code.NOT_FOUND
+UNIMPLEMENTED = Code.UNIMPLEMENTED
+INTERNAL = Code.INTERNAL
 
 ID = "r7"
 PREFIX = f"[request id: {ID}] "
@@ -34,9 +35,22 @@ class Case:
     name: str
     request: Callable[[], ModelInferRequest]
     facts: tuple[str, ...]
-    code: grpc.StatusCode = INVALID
+    code: Code = INVALID
     from_core: bool = False
     """Whether the message begins with the request's id, as those of Triton's core do."""
+    grpc_only: bool = False
+    """Whether only gRPC's messages can be wrong in this way: typed contents, kinds of parameters."""
+
+
+def write_models(repository: Path) -> None:
+    """Add the models that the requests name."""
+    models.write_model(repository, "simple", models.sum_and_difference(), max_batch_size=8)
+    models.write_model(repository, "flat", models.sum_and_difference((16,)))
+    models.write_model(repository, "text", models.identity("BYTES", ("N", 2)), max_batch_size=8)
+    models.write_model(repository, "half", models.identity("FP16", ("N", 2)), max_batch_size=8)
+    models.write_model(repository, "any", models.identity("FP32", ("A", "B")))
+    models.write_model(repository, "bias", models.add_bias())
+    models.write_model(repository, "picky", models.gather(), max_batch_size=8)
 
 
 def simple(model: str = "simple", *, typed: bool = False, rows: int = 1) -> ModelInferRequest:
@@ -96,6 +110,25 @@ def set_first(field: str, value: object) -> Callable[[ModelInferRequest], None]:
     return lambda request: setattr(request.inputs[0], field, value)
 
 
+def ask(*names: str, model: str = "simple", **parameters: object) -> Callable[[], ModelInferRequest]:
+    """A request for these outputs, each with these parameters."""
+
+    def make() -> ModelInferRequest:
+        if model in ("text", "half"):
+            row = np.array([[b"a", b"b"]], object) if model == "text" else np.ones((1, 2), np.float16)
+            request = infer_request(model, {"X": row}, request_id=ID)
+        else:
+            request = simple(model)
+        for name in names:
+            output = request.outputs.add(name=name)
+            for key, value in parameters.items():
+                given = value if isinstance(value, InferParameter) else parameter(value)
+                output.parameters[key].CopyFrom(given)
+        return request
+
+    return make
+
+
 def bias(*names: str) -> Callable[[], ModelInferRequest]:
     return lambda: infer_request("bias", {name: np.ones(2, np.float32) for name in names}, request_id=ID)
 
@@ -125,7 +158,7 @@ def name_requests() -> list[Case]:
 
 
 def parameter_requests() -> list[Case]:
-    wrong_kinds = [
+    wrong_kinds: list[tuple[str, InferParameter, str]] = [
         ("sequence_id", parameter(True), "int64_param or string_param"),
         ("sequence_start", parameter(1), "bool_param"),
         ("sequence_end", parameter("true"), "bool_param"),
@@ -141,8 +174,21 @@ def parameter_requests() -> list[Case]:
                 f"{key} as {value.WhichOneof('parameter_choice')}",
                 with_parameter(key, value),
                 (f"invalid value type for '{key}' parameter", f"expected {expected}"),
+                grpc_only=True,
             )
             for key, value, expected in wrong_kinds
+        ),
+        Case(
+            "a parameter without a value",
+            with_parameter("mine", InferParameter()),
+            ("invalid value type for 'mine' parameter", "int64_param, bool_param, string_param"),
+            grpc_only=True,
+        ),
+        Case(
+            "a sequence_id of too much text",
+            with_parameter("sequence_id", parameter("s" * 129)),
+            ("sequence_id", "longer than 128 characters"),
+            UNIMPLEMENTED,
         ),
         Case("a negative priority", with_parameter("priority", parameter(-1)), ("'priority'", "value >= 0")),
         Case("a negative timeout", with_parameter("timeout", parameter(-1)), ("'timeout'", ">= 0", "-1")),
@@ -176,50 +222,63 @@ def data_requests() -> list[Case]:
         Case("an input twice", spoiled(lambda r: r.inputs.append(r.inputs[1])),
              ("input 'INPUT1' already exists in request",), from_core=True),
         Case("contents beside raw data", spoiled(add_contents),
-             ("contents field must not be specified when using raw_input_contents", *where)),
+             ("contents field must not be specified when using raw_input_contents", *where), grpc_only=True),
         Case("no data at all", spoiled(lambda r: r.ClearField("raw_input_contents")),
              ("unable to find data for input tensor", *where)),
         Case("too few raw tensors", spoiled(lambda r: r.raw_input_contents.pop()),
              ("unable to find data for input tensor", "'INPUT1'", "'simple'")),
         Case("contents of another type", spoiled(fill("int64_contents", [1] * 16), typed=True),
-             ("unexpected explicit tensor data", *where, "int64_contents", "INT32")),
+             ("unexpected explicit tensor data", *where, "of type 'INT64'", "expected datatype 'INT32'"),
+             grpc_only=True),
+        Case("contents of an unknown type", spoiled(set_first("datatype", "INT31"), typed=True),
+             ("unexpected explicit tensor data", *where, "of type 'INT32'", "INT31"), grpc_only=True),
         Case("two kinds of contents", spoiled(lambda r: r.inputs[0].contents.fp32_contents.append(1), typed=True),
-             ("unexpected explicit tensor data", *where, "fp32_contents", "int_contents")),
+             ("unexpected explicit tensor data", *where, "fp32_contents", "int_contents"), grpc_only=True),
         Case("contents for a type that has none", half,
-             ("unexpected explicit tensor data", "'X'", "'half'", "fp32_contents", "FP16", "raw_input_contents")),
+             ("unexpected explicit tensor data", "'X'", "'half'", "of type 'FP32'", "FP16", "raw_input_contents"),
+             grpc_only=True),
         Case("too little contents", spoiled(lambda r: r.inputs[0].contents.int_contents.pop(), typed=True),
-             ("byte size mismatch", *where, "64", "60"), from_core=True),
+             ("byte size mismatch", *where, "64", "60"), from_core=True, grpc_only=True),
         Case("too much contents", spoiled(lambda r: r.inputs[0].contents.int_contents.append(1), typed=True),
-             ("byte size mismatch", *where, "64", "68"), from_core=True),
+             ("byte size mismatch", *where, "64", "68"), from_core=True, grpc_only=True),
         Case("contents without a value", spoiled(fill("int_contents", []), typed=True),
-             ("byte size mismatch", *where, "64", "0"), from_core=True),
-        Case("shared memory",
-             spoiled(lambda r: r.inputs[0].parameters["shared_memory_region"].CopyFrom(parameter("s"))),
-             ("shared memory", "'INPUT0'"), UNIMPLEMENTED),
+             ("byte size mismatch", *where, "64", "0"), from_core=True, grpc_only=True),
     ]  # fmt: skip
 
 
 def output_requests() -> list[Case]:
-    def ask(*names: str, **parameters: object) -> Callable[[], ModelInferRequest]:
-        def spoil(request: ModelInferRequest) -> None:
-            for name in names:
-                output = request.outputs.add(name=name)
-                for key, value in parameters.items():
-                    output.parameters[key].CopyFrom(parameter(value))
+    def both(request: ModelInferRequest) -> None:
+        request.inputs[0].parameters["shared_memory_region"].CopyFrom(parameter("s"))
 
-        return spoiled(spoil)
-
+    wrong_count = "invalid value for 'classification' parameter"
+    wrong_kind = ("invalid value type for 'classification' parameter", "expected int64_param")
     return [
-        Case("an unknown output", ask("OUTPUT1", "NOPE"), ("unexpected inference output", "'NOPE'", "'simple'")),
         Case("an output twice", ask("OUTPUT0", "OUTPUT0"), ("output 'OUTPUT0' already exists",), from_core=True),
-        Case("a classification", ask("OUTPUT0", classification=3), ("classification", "'OUTPUT0'"), UNIMPLEMENTED),
-        Case(
-            "an output in shared memory",
-            ask("OUTPUT0", shared_memory_region="region"),
-            ("shared memory", "'OUTPUT0'"),
-            UNIMPLEMENTED,
+        Case("an unknown output", ask("OUTPUT1", "NOPE"), ("unexpected inference output", "'NOPE'", "'simple'")),
+        Case("no output's name", ask(""), ("unexpected inference output", "''", "'simple'")),
+        Case("no classes", ask("OUTPUT0", classification=0), (wrong_count, ">= 1", "0"), grpc_only=True),
+        Case("less than no classes", ask("OUTPUT0", classification=-(2**63)), (wrong_count, str(-(2**63)))),
+        *(
+            Case(f"classes as {value.WhichOneof('parameter_choice')}", ask("OUTPUT0", classification=value), wrong_kind,
+                 grpc_only=True)
+            for value in (parameter("3"), parameter(True), parameter(3.0), InferParameter(uint64_param=3),
+                          InferParameter())
         ),
-    ]
+        Case("classes of an unknown output", ask("NOPE", classification=3),
+             ("unexpected inference output", "'NOPE'", "'simple'")),
+        *(
+            Case(f"classes of {datatype}", ask("Y", model=model, classification=3),
+                 ("class result not available", "'Y'", f"unsupported type '{datatype}'"))
+            for model, datatype in (("text", "BYTES"), ("half", "FP16"))
+        ),
+        Case("an input in shared memory, which is off",
+             spoiled(lambda r: r.inputs[0].parameters["shared_memory_region"].CopyFrom(parameter("s"))),
+             ("shared memory", "'INPUT0'", "--allow-client-shm"), UNIMPLEMENTED),
+        Case("an output in shared memory, which is off", ask("OUTPUT0", shared_memory_region="region"),
+             ("shared memory", "'OUTPUT0'", "--allow-client-shm"), UNIMPLEMENTED),
+        Case("shared memory and contents", spoiled(both, typed=True),
+             ("unexpected 'content' provided when using shared memory", "'INPUT0'", "'simple'"), grpc_only=True),
+    ]  # fmt: skip
 
 
 def input_requests() -> list[Case]:
@@ -259,7 +318,11 @@ def shape_requests() -> list[Case]:
              ("inference request batch-size must be <= 8 for 'simple'", "9"), from_core=True),
         Case("a tensor without the batch dimension", spoiled(set_shape(16)),
              ("batch-size must be <= 8 for 'simple'", "16"), from_core=True),
-        Case("a batch of none", spoiled(set_shape(0, 16)), ("batch-size must be >= 1 for 'simple'",), from_core=True),
+        Case("a batch of none",
+             spoiled(lambda r: (set_shape(0, 16)(r), r.raw_input_contents.__setitem__(slice(None), [b"", b""]))),
+             ("batch-size must be >= 1 for 'simple'", "byte size mismatch", "got 0"), from_core=True),
+        Case("a batch of none with data", spoiled(set_shape(0, 16)),
+             ("byte size mismatch", "'INPUT0'", "'simple'", "64"), from_core=True),
         Case("a negative batch", spoiled(set_shape(-1, 16)),
              ("dimensions should be specified for input 'INPUT0' for model 'simple'", "[-1,16]"), from_core=True),
         Case("another data type", spoiled(set_first("datatype", "FP32")),
@@ -342,104 +405,3 @@ CASES = [
     *name_requests(), *parameter_requests(), *data_requests(), *output_requests(), *input_requests(),
     *shape_requests(), *size_requests(), *run_requests(),
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_request_with(case, refused):
-    message = refused(case.request(), case.code)
-    missing = [fact for fact in case.facts if fact not in message]
-    assert not missing, f"{missing} not in: {message}"
-    if case.from_core:
-        assert message.startswith(PREFIX), message
-
-
-def test_a_message_without_an_id_says_that_the_id_is_unknown(refused):
-    request = simple(rows=9)
-    request.ClearField("id")
-    assert refused(request, INVALID).startswith("[request id: <id_unknown>] ")
-
-
-def test_refusals_are_counted_as_invalid_and_not_as_failures(server):
-    statistics = server.model("simple").statistics
-    before = statistics.snapshot()
-    server.refusal("ModelInfer", simple(rows=9))
-    after = statistics.snapshot()
-    assert after.outcomes[Outcome.INVALID] == before.outcomes[Outcome.INVALID] + 1
-    assert after.fail == before.fail
-    assert after.success == before.success
-
-
-@pytest.mark.parametrize("order", [
-    ("shape", "datatype"), ("datatype", "rows"), ("rows", "name"), ("name", "count"), ("count", "output"),
-    ("output", "data"), ("data", "duplicate"), ("duplicate", "parameter"), ("parameter", "model"), ("model", "version"),
-])  # fmt: skip
-def test_of_two_mistakes_the_one_that_is_checked_first_is_told(order, refused):
-    """`order` is (the later check, the earlier one)."""
-    spoil = {
-        "shape": (lambda r: r.inputs[0].shape.append(3), "unexpected shape"),
-        "datatype": (set_first("datatype", "FP64"), "data-type"),
-        "rows": (lambda r: [tensor.shape.__setitem__(0, 9) for tensor in r.inputs], "batch-size must be"),
-        "name": (lambda r: setattr(r.inputs[1], "name", "NOPE"), "unexpected inference input"),
-        "count": (lambda r: r.inputs.pop(), "expected 2 inputs"),
-        "output": (lambda r: r.outputs.add(name="NOPE"), "unexpected inference output"),
-        "data": (lambda r: r.ClearField("raw_input_contents"), "unable to find data"),
-        "duplicate": (lambda r: r.inputs.append(r.inputs[0]), "already exists"),
-        "parameter": (lambda r: r.parameters["timeout"].CopyFrom(parameter("1")), "'timeout'"),
-        "model": (lambda r: setattr(r, "model_name", "nope"), "is not found"),
-        "version": (lambda r: setattr(r, "model_version", "x"), "integral value"),
-    }
-    request = simple()
-    for mistake in order:
-        spoil[mistake][0](request)
-    code = NOT_FOUND if order[1] == "model" else INVALID
-    assert spoil[order[1]][1] in refused(request, code)
-
-
-LONG = 100_000
-
-
-@pytest.mark.parametrize("filler", ["x", "\N{KATAKANA LETTER TU}", "\n", "\0", "%s", "{}"])
-@pytest.mark.parametrize("field", ["model", "input", "output", "id", "parameter", "datatype"])
-def test_a_message_about_a_name_of_any_length_arrives(field, filler, refused):
-    name = filler * LONG
-    request = simple()
-    match field:
-        case "model":
-            request.model_name = name
-        case "input":
-            request.inputs[0].name = name
-        case "output":
-            request.outputs.add(name=name)
-        case "id":
-            request.id = name
-            request.inputs[0].datatype = "FP32"
-        case "parameter":
-            request.parameters["triton_" + name].CopyFrom(parameter(1))
-        case "datatype":
-            request.inputs[0].datatype = name
-    message = refused(request, NOT_FOUND if field == "model" else INVALID)
-    assert filler * 10 in message
-    assert "characters in all" in message
-
-
-def test_a_shape_of_any_length_is_told_too(refused):
-    request = simple()
-    request.inputs[0].shape[:] = [1] * LONG
-    assert "unexpected shape for input 'INPUT0'" in refused(request, INVALID)
-
-
-@pytest.mark.parametrize("feature", ["any parameter", "surplus raw data", "known parameters"])
-def test_what_looks_odd_and_is_legal_is_answered(feature, server):
-    request = simple()
-    match feature:
-        case "any parameter":
-            for key, value in {"a": 1, "b": True, "c": "text", "d": 1.5}.items():
-                request.parameters[key].CopyFrom(parameter(value))
-        case "surplus raw data":
-            request.raw_input_contents.append(b"surplus")
-        case "known parameters":
-            known = {"timeout": 0, "priority": 0, "sequence_id": 0, "triton_enable_empty_final_response": True}
-            for key, value in known.items():
-                request.parameters[key].CopyFrom(parameter(value))
-            request.parameters["priority"].CopyFrom(InferParameter(uint64_param=2**63))
-    assert not server.infer(request).parameters

@@ -1,0 +1,5 @@
+"""Fixtures of the tests of the protocol: a server that they share."""
+
+from support.shared_server import refused, server, shared_server
+
+__all__ = ["refused", "server", "shared_server"]
