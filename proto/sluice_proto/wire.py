@@ -19,7 +19,7 @@ _LENGTH_DELIMITED: Final = 2
 _FIXED32: Final = 5
 _FIXED_SIZES_BYTES: Final = {_FIXED64: 8, _FIXED32: 4}
 
-_RAW_INPUT_TAG: Final = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_RAW_INPUT: Final = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 
 # protobuf's own parser reads no more bytes than these of a tag and of any other number, and keeps 64 bits.
 _MAX_TAG_BYTES: Final = 5
@@ -30,8 +30,10 @@ _64_BITS: Final = (1 << 64) - 1
 MAX_FIELDS: Final = 65_536
 
 
-def split_raw(message: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
+def split_raw(message: bytes | memoryview, field_number: int = _RAW_INPUT) -> tuple[bytes, list[memoryview]]:
     """Splits a serialized ModelInferRequest into the message without raw_input_contents, and those as views of it.
+
+    Any message's field of bytes can be cut out so, by its number: a ModelInferResponse's raw_output_contents too.
 
     The views keep `message` alive; they start at any address, so arrays over them may be unaligned. All other
     fields, unknown ones too, stay in the first part in their order; whether that parses is for FromString to say.
@@ -39,6 +41,7 @@ def split_raw(message: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
     than MAX_FIELDS fields.
     """
     whole = memoryview(message)
+    raw_tag = field_number << 3 | _LENGTH_DELIMITED
     end = len(whole)
     head: list[memoryview] = []
     raws: list[memoryview] = []
@@ -54,7 +57,7 @@ def split_raw(message: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
         if wire_type == _LENGTH_DELIMITED:
             length, body = _read_varint(whole, offset, _MAX_NUMBER_BYTES)
             offset = body + length
-            if tag == _RAW_INPUT_TAG:
+            if tag == raw_tag:
                 raws.append(whole[body:offset])
                 head.append(whole[head_start:start])
                 head_start = offset

@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from sluice_server.execution import runtime
 from sluice_server.execution.loader import ModelLoader
 from sluice_server.execution.providers import check_distributions
 from sluice_server.execution.shared_memory import RegionTable
-from sluice_server.http.app import metrics_app, rest_app
+from sluice_server.http.app import HttpFront, Metrics
 from sluice_server.http.server import HttpListener, HttpServer
 from sluice_server.observability import metrics
 from sluice_server.observability.host import HostReader
@@ -30,6 +31,7 @@ from sluice_server.observability.tracing import create_tracer
 from sluice_server.protocol import health, reflection
 from sluice_server.protocol.dispatch import Dispatcher
 from sluice_server.protocol.log_settings import LogSettings
+from sluice_server.protocol.rest import Rest
 from sluice_server.protocol.rpcs import EXTENSIONS, SERVICE, ServerIdentity, rpc_table, settings_table
 from sluice_server.protocol.shared_memory import SharedMemory
 from sluice_server.protocol.trace_settings import TraceSettings
@@ -45,9 +47,9 @@ from sluice_server.transport.native import NativeTransport
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from starlette.applications import Starlette
-
+    from sluice_server.protocol.rpcs import Rpc
     from sluice_server.settings import HttpSettings, ServerSettings
+    from sluice_server.status import Code
     from sluice_server.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -101,12 +103,7 @@ class Server:
         )
         control = ControlPolicy(allow_any=settings.allow_any_control)
         regions = SharedMemory(RegionTable() if settings.allow_client_shm else None, control)
-        identity = ServerIdentity(settings.server_id, self._version, EXTENSIONS + regions.extensions)
-        trace_settings = TraceSettings(self._traces, self.manager, control)
-        rpcs = {
-            **rpc_table(self.manager, identity, control, regions),
-            **settings_table(trace_settings, LogSettings(LogControl(settings.log), control)),
-        }
+        rpcs = self._create_rpcs(control, regions)
         self._dispatcher = Dispatcher(
             self.manager,
             {**rpcs, health.CHECK: self._health.check},
@@ -118,10 +115,27 @@ class Server:
             traces=self._traces,
         )
         self.transport = self._create_transport()
-        rest = rest_app(self.manager, identity, identity.extensions, to_status)
-        self._rest = _listener(rest, settings.http)
-        self._metrics = _listener(metrics_app(self.render_metrics), settings.metrics)
-        self._http = HttpServer([listener for listener in (self._rest, self._metrics) if listener is not None])
+        # REST has a dispatcher of its own, as each is for one thread.
+        self._rest = Rest(
+            Dispatcher(self.manager, rpcs, to_status, self._slow_pool, tracer, regions=regions, traces=self._traces),
+            self.manager,
+            to_status,
+            self._version,
+        )
+        self._listeners = {
+            "http": _listener(HttpFront(self._rest, to_status, settings.http_max_input_bytes), settings.http),
+            "metrics": _listener(HttpFront(Metrics(self.render_metrics), to_status), settings.metrics),
+        }
+        self._http = HttpServer([listener for listener in self._listeners.values() if listener is not None])
+
+    def _create_rpcs(self, control: ControlPolicy, regions: SharedMemory) -> Mapping[str, Rpc]:
+        identity = ServerIdentity(self._settings.server_id, self._version, EXTENSIONS + regions.extensions)
+        trace_settings = TraceSettings(self._traces, self.manager, control)
+        log_settings = LogSettings(LogControl(self._settings.log), control)
+        return {
+            **rpc_table(self.manager, identity, control, regions),
+            **settings_table(trace_settings, log_settings),
+        }
 
     def _create_transport(self) -> Transport:
         settings = self._settings
@@ -140,12 +154,16 @@ class Server:
     @property
     def http_port(self) -> int:
         """Where REST and the probes are answered, known after `start`; 0 when they are switched off."""
-        return 0 if self._rest is None else self._rest.port
+        return self._port("http")
 
     @property
     def metrics_port(self) -> int:
         """Where metrics are scraped, known after `start`; 0 when that is switched off."""
-        return 0 if self._metrics is None else self._metrics.port
+        return self._port("metrics")
+
+    def _port(self, name: str) -> int:
+        listener = self._listeners[name]
+        return 0 if listener is None else listener.port
 
     def start(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Load the models and open the doors; `StartError` when a model failed and errors end the server.
@@ -182,6 +200,7 @@ class Server:
         until = time.monotonic() + self._settings.exit_timeout_s
         # A stream on which nothing is due must not hold the end of the server.
         self._dispatcher.stop()
+        self._rest.stop()
         self.manager.drain()
         self._health.stop()
         self._reflection.stop()
@@ -217,7 +236,13 @@ class Server:
             for model in self.manager.served()
         ]
         host = self._host.read()
-        return metrics.render(models, metrics.ServerMetrics(self._version, self.transport.outcomes(), host))
+        return metrics.render(models, metrics.ServerMetrics(self._version, self.rpc_outcomes(), host))
+
+    def rpc_outcomes(self) -> Mapping[tuple[str, Code], int]:
+        """How many calls of each RPC, by its path, have ended with each code, whether over gRPC or REST."""
+        outcomes = Counter(self.transport.outcomes())
+        outcomes.update(self._rest.outcomes())
+        return outcomes
 
     def _set_serving(self, name: str, ready: bool) -> None:
         self._health.set_serving(name, serving=ready)
@@ -225,5 +250,5 @@ class Server:
             self._health.set_serving(SERVICE.full_name, serving=ready)
 
 
-def _listener(app: Starlette, settings: HttpSettings | None) -> HttpListener | None:
+def _listener(app: HttpFront, settings: HttpSettings | None) -> HttpListener | None:
     return None if settings is None else HttpListener(app, settings.address, settings.port)

@@ -33,6 +33,9 @@ QUEUE_BYTES_DEFAULT = 1 << 30
 MAX_BATCH_DEFAULT = 4
 """Triton's default-max-batch-size for models whose configuration is completed from the file."""
 
+HTTP_INPUT_BYTES_DEFAULT = 64 << 20
+"""Triton's default of --http-max-input-size."""
+
 
 @dataclass(frozen=True, slots=True)
 class HttpSettings:
@@ -66,6 +69,7 @@ class ServerSettings:
     http: HttpSettings | None
     metrics: HttpSettings | None
     log: LogOptions
+    http_max_input_bytes: int = HTTP_INPUT_BYTES_DEFAULT
     transport: TransportChoice = TransportChoice.AUTO
     native_flags: tuple[str, ...] = ()
     """The flags that were given and that only the native transport can keep."""
@@ -98,7 +102,6 @@ REFUSED: dict[str, str] = {
     "--grpc-restricted-protocol": "restricting protocols by header is not there yet",
     "--host-policy": "host policies are not there",
     "--http-header-forward-pattern": "headers are not forwarded to models",
-    "--http-max-input-size": "REST inference is not there yet",
     "--http-restricted-api": "restricting protocols by header is not there yet",
     "--http-thread-count": "one event loop takes all HTTP requests",
     "--metrics-config": "the metrics are fixed",
@@ -192,6 +195,8 @@ def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}-port", type=port, default=default, metavar="PORT", help="(%(default)s; 0: any that is free)")
         add(f"--{name}-address", metavar="HOST", help="the address to listen on (0.0.0.0)")
         add(f"--allow-{name}", type=switch, default=True, metavar="true|false", help="listen at all (true)")
+    add("--http-max-input-size", type=whole, default=HTTP_INPUT_BYTES_DEFAULT, metavar="BYTES",
+        help="the largest body that a REST request may have, compressed or not (%(default)s)")  # fmt: skip
     add_transport_flags(add)
 
 
@@ -231,7 +236,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         raise SettingsError("--load-model needs --model-control-mode=explicit: mode none loads every model")
     if not args.allow_grpc:
         raise SettingsError(
-            "--allow-grpc=false would leave nothing to serve: REST inference is not implemented here yet"
+            "--allow-grpc=false is not implemented here: gRPC is always served; --grpc-address=127.0.0.1 hides it"
         )
     return ServerSettings(
         models=ModelSettings(
@@ -248,6 +253,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         grpc=transport_options(args, _address(args.grpc_address)),
         http=HttpSettings(_address(args.http_address), args.http_port) if args.allow_http else None,
         metrics=_metrics_settings(args),
+        http_max_input_bytes=args.http_max_input_size,
         log=LogOptions(
             info=args.log_info,
             warning=args.log_warning,

@@ -167,7 +167,7 @@ def test_every_call_is_counted_once_by_method_and_code(server, scrape):
     for _ in range(2):
         server.refusal("ModelInfer", b"\xff")
     server.call("ServerLive", b"")
-    server.refusal("TraceSetting", b"")
+    server.refusal("SystemSharedMemoryStatus", b"")
     server.call("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name="other"))
     rpcs = {
         (dict(labels)["method"], dict(labels)["code"]): value
@@ -178,7 +178,7 @@ def test_every_call_is_counted_once_by_method_and_code(server, scrape):
         ("ModelInfer", "OK"): 5,
         ("ModelInfer", "INVALID_ARGUMENT"): 2,
         ("ServerLive", "OK"): 1,
-        ("TraceSetting", "UNIMPLEMENTED"): 1,
+        ("SystemSharedMemoryStatus", "UNIMPLEMENTED"): 1,
         ("RepositoryModelUnload", "OK"): 1,
     }
 

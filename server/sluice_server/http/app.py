@@ -1,108 +1,232 @@
-"""The HTTP applications: the REST protocol's health and metadata paths, and the metrics endpoint.
+"""The ASGI front: reads requests whole within bounds, makes exchanges of them, and sends their answers.
 
-REST inference is not there yet: its paths answer 501 and name gRPC, so that nobody takes them for a wrong address.
+One coroutine serves each request: it reads the body, has the exchange taken, and then waits for the client to leave or
+the answer to be sent, whichever ASGI tells first. Answers come from any thread; the first of a batch wakes the event
+loop, the others ride along.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import collections
+import time
+from typing import TYPE_CHECKING, Any, Protocol
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-
-from sluice_server.errors import NotFound, SluiceError
+from sluice_server.errors import ResourceExhausted
+from sluice_server.http import body
 from sluice_server.observability.metrics import CONTENT_TYPE
-from sluice_server.status import HTTP_CODES
+from sluice_server.protocol.rest import Exchange, HttpAnswer, plain_error, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, MutableMapping
 
-    from starlette.requests import Request
-
-    from sluice_server.protocol.rpcs import ServerIdentity
-    from sluice_server.repository.manager import ModelManager
     from sluice_server.status import StatusMapper
 
-NOT_READY = 400
-"""What Triton answers for live, ready and model ready when the answer is no."""
+    Scope = MutableMapping[str, Any]
+    Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+    Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_MODELS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version:int}")
-_MEMORY = ("/v2/systemsharedmemory", "/v2/cudasharedmemory")
+SCRAPE_BYTES_MAX = 1 << 20
+"""A scrape has no body; some clients send one all the same."""
 
-NOT_THERE_YET: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_MODELS, ("GET",)),
-    **{f"{path}/config": ("GET",) for path in _MODELS},
-    **{f"{path}/stats": ("GET",) for path in _MODELS},
-    **{f"{path}/infer": ("POST",) for path in _MODELS},
-    "/v2/models/stats": ("GET",),
-    "/v2/repository/index": ("POST",),
-    "/v2/repository/models/{model}/load": ("POST",),
-    "/v2/repository/models/{model}/unload": ("POST",),
-    **{f"{path}/status": ("GET",) for path in _MEMORY},
-    **{f"{path}/unregister": ("POST",) for path in _MEMORY},
-    **{f"{path}/region/{{region}}/status": ("GET",) for path in _MEMORY},
-    **{f"{path}/region/{{region}}/register": ("POST",) for path in _MEMORY},
-    **{f"{path}/region/{{region}}/unregister": ("POST",) for path in _MEMORY},
-    "/v2/trace/setting": ("GET", "POST"),
-    "/v2/models/{model}/trace/setting": ("GET", "POST"),
-    "/v2/logging": ("GET", "POST"),
-}
-"""The REST protocol's other paths (compatibility, section 17), with their methods: known, and answered with 501."""
+HELD_BYTES_MAX = 2 << 30
+"""Bytes of bodies in memory over all requests: thirty of the largest by default; the queues' own bounds are lower."""
+
+STALL_S = 60.0
+"""How long a client may take for the next piece of its body: slow links send some of it every second."""
+
+INLINE_BYTES_MAX = 256 << 10
+"""Up to this size (de)compressing takes a few milliseconds at most; larger bodies go to a thread, off the loop."""
+
+JOINED_BYTES_MAX = 64 << 10
+"""Up to this size an answer is sent as one piece: copying it costs less than another round through the front."""
 
 
-def metrics_app(render: Callable[[], bytes]) -> Starlette:
-    """GET /metrics, in the Prometheus text format."""
+class Handler(Protocol):
+    """What exchanges are given to; both are called on the event loop."""
 
-    def metrics(_request: Request) -> Response:
-        return Response(render(), headers={"content-type": CONTENT_TYPE})
+    def take(self, exchange: Exchange) -> None:
+        """Answer the exchange now or later."""
 
-    return Starlette(routes=[Route("/metrics", metrics)])
+    def flush(self) -> None:
+        """Every exchange that is there for the moment has been taken."""
 
 
-def rest_app(
-    manager: ModelManager, identity: ServerIdentity, extensions: tuple[str, ...], to_status: StatusMapper
-) -> Starlette:
-    """Health, readiness and server metadata (compatibility, section 17)."""
+class HttpExchange(Exchange):
+    """One request in progress on the event loop."""
 
-    async def live(_request: Request) -> Response:
-        return Response()
+    __slots__ = ("_front", "_send", "ended", "held_bytes", "sending")
 
-    async def ready(_request: Request) -> Response:
-        return Response(status_code=200 if manager.server_ready else NOT_READY)
+    def __init__(self, front: HttpFront, scope: Scope, headers: dict[str, str], send: Send) -> None:
+        self.verb = scope["method"]
+        self.path = scope["raw_path"].decode("ascii")
+        self.headers = headers
+        self.body = b""
+        host, port = scope["client"] or ("", 0)
+        self.peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+        self.received_ns = 0
+        self.left = None
+        self.ended = False
+        self.held_bytes = 0
+        self.sending: asyncio.Task[None] | None = None
+        self._front = front
+        self._send = send
 
-    async def model_ready(request: Request) -> Response:
+    def answer(self, answer: HttpAnswer) -> None:
+        """Send the answer, unless the client has left."""
+        if not self.ended:
+            self.ended = True
+            self.sending = asyncio.get_running_loop().create_task(self._answer(answer))
+
+    def resume(self, step: Callable[[], None]) -> None:
+        """Have a step called on the event loop; from any thread."""
+        self._front.post(step)
+
+    async def _answer(self, answer: HttpAnswer) -> None:
+        parts = answer.parts
+        headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers]
+        size_bytes = sum(map(len, parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
+        encoding = body.choose_encoding(self.headers.get("accept-encoding", "")) if answer.compressible else None
+        if encoding is not None:
+            if size_bytes > INLINE_BYTES_MAX:
+                packed = await asyncio.to_thread(body.deflate, encoding, parts)
+            else:
+                packed = body.deflate(encoding, parts)
+            parts, size_bytes = (packed,), len(packed)
+            headers.append((b"content-encoding", encoding.encode()))
+        headers.append((b"content-length", b"%d" % size_bytes))
+        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        pieces = [b"".join(parts)] if size_bytes <= JOINED_BYTES_MAX else list(parts)
+        for piece in pieces[:-1]:
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self._send({"type": "http.response.body", "body": pieces[-1], "more_body": False})
+
+
+class HttpFront:
+    """An ASGI application that gives every request to a handler."""
+
+    def __init__(self, handler: Handler, to_status: StatusMapper, max_input_bytes: int = SCRAPE_BYTES_MAX) -> None:
+        self._handler = handler
+        self._to_status = to_status
+        self._max_input_bytes = max_input_bytes
+        self._held_bytes = 0
+        self._flush_is_due = False
+        self._steps: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake_is_due = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        self._loop = asyncio.get_running_loop()
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        exchange = HttpExchange(self, scope, headers, send)
         try:
-            manager.find(request.path_params["model"], str(request.path_params.get("version", "")))
-        except NotFound:
-            return Response(status_code=NOT_READY)
-        return Response()
+            await self._serve(exchange, receive)
+        finally:
+            self._held_bytes -= exchange.held_bytes
+            exchange.ended = True
+            if exchange.left is not None:
+                exchange.left()
 
-    async def metadata(_request: Request) -> Response:
-        return JSONResponse({"name": identity.name, "version": identity.version, "extensions": list(extensions)})
+    def post(self, step: Callable[[], None]) -> None:
+        """Have a step called on the event loop; from any thread."""
+        self._steps.append(step)
+        if self._wake_is_due or self._loop is None:
+            return
+        self._wake_is_due = True
+        try:
+            self._loop.call_soon_threadsafe(self._run_steps)
+        except RuntimeError:  # the server has ended: nobody is left to hear
+            if not self._loop.is_closed():
+                raise
 
-    async def not_there(request: Request) -> Response:
-        text = f"{request.url.path} is not implemented over REST in this version: use the gRPC port"
-        return JSONResponse({"error": text}, status_code=501)
+    def _run_steps(self) -> None:
+        # Cleared first: what is posted from here on makes a wake-up of its own.
+        self._wake_is_due = False
+        while self._steps:
+            self._steps.popleft()()
 
-    async def refused(_request: Request, error: Exception) -> Response:
-        status = to_status(error)
-        return JSONResponse({"error": status.message}, status_code=HTTP_CODES[status.code])
+    async def _serve(self, exchange: HttpExchange, receive: Receive) -> None:
+        try:
+            if not await self._read(exchange, receive):
+                return
+        except TimeoutError:
+            exchange.answer(plain_error(408, "the body of the request does not come", ("connection", "close")))
+        except Exception as error:
+            exchange.answer(refusal(self._to_status(error)))
+        else:
+            exchange.received_ns = time.monotonic_ns()
+            self._take(exchange)
+        # The client leaves, or the answer has been sent.
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if exchange.sending is not None:
+            await exchange.sending
 
-    async def no_route(_request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
+    async def _read(self, exchange: HttpExchange, receive: Receive) -> bool:
+        """Read the body; False when the client left meanwhile."""
+        limit_bytes = self._max_input_bytes
+        length = exchange.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > limit_bytes:
+            raise body.too_large(f"of {length}", limit_bytes)
+        pieces: list[bytes] = []
+        size_bytes = 0
+        more = True
+        while more:
+            async with asyncio.timeout(STALL_S):
+                message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            piece = message.get("body", b"")
+            more = message.get("more_body", False)
+            pieces.append(piece)
+            size_bytes += len(piece)
+            if size_bytes > limit_bytes:
+                raise body.too_large(f"of more than {limit_bytes}", limit_bytes)
+            self._hold(exchange, len(piece))
+        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        encoding = exchange.headers.get("content-encoding")
+        if encoding is not None:
+            if size_bytes > INLINE_BYTES_MAX:
+                whole = await asyncio.to_thread(body.inflate, encoding, whole, limit_bytes)
+            else:
+                whole = body.inflate(encoding, whole, limit_bytes)
+            self._hold(exchange, len(whole))
+        exchange.body = whole
+        return True
 
-    app = Starlette(
-        routes=[
-            Route("/v2", metadata),
-            Route("/v2/health/live", live),
-            Route("/v2/health/ready", ready),
-            *(Route(f"{path}/ready", model_ready) for path in _MODELS),
-            *(Route(path, not_there, methods=methods) for path, methods in NOT_THERE_YET.items()),
-        ],
-        exception_handlers={SluiceError: refused, HTTPException: no_route},
-    )
-    app.router.redirect_slashes = False  # /v2/ is not /v2
-    return app
+    def _hold(self, exchange: HttpExchange, size_bytes: int) -> None:
+        self._held_bytes += size_bytes
+        exchange.held_bytes += size_bytes
+        if self._held_bytes > HELD_BYTES_MAX:
+            raise ResourceExhausted(f"the bodies of all requests together have more than {HELD_BYTES_MAX} bytes")
+
+    def _take(self, exchange: HttpExchange) -> None:
+        self._handler.take(exchange)
+        if not self._flush_is_due:
+            # At the end of this turn of the loop, with whatever arrives in the rest of it.
+            self._flush_is_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        self._handler.flush()
+
+
+class Metrics:
+    """The handler of the metrics port: GET /metrics, in the Prometheus text format."""
+
+    def __init__(self, render: Callable[[], bytes]) -> None:
+        self._render = render
+
+    def take(self, exchange: Exchange) -> None:
+        """Answer at once."""
+        if exchange.path != "/metrics":
+            exchange.answer(plain_error(404, "Not Found"))
+        elif exchange.verb not in ("GET", "HEAD"):
+            exchange.answer(plain_error(405, "Method Not Allowed", ("allow", "GET, HEAD")))
+        else:
+            exchange.answer(HttpAnswer(200, (("content-type", CONTENT_TYPE),), (self._render(),)))
+
+    def flush(self) -> None:
+        """Nothing waits."""

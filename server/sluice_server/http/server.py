@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import socket
 import threading
 from typing import TYPE_CHECKING
 
 import uvicorn
 
+from sluice_server.http.connection import HttpConnection
 from sluice_server.transport.call import ListenError
 from sluice_server.transport.listening import listen, reason
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Sequence
 
-    from starlette.applications import Starlette
+    from sluice_server.http.app import HttpFront
 
-CONNECTIONS_MAX = 512
-"""Probes and scrapes need a handful; past this a listener answers 503 instead of holding more."""
+CONNECTIONS_MAX = 1024
+"""REST clients have a connection for each request in flight; past this a listener answers 503."""
 
 KEEP_ALIVE_S = 75
 """Longer than the usual scrape interval, so that a scraper keeps its connection."""
@@ -31,16 +32,20 @@ START_TIMEOUT_S = 30.0
 class HttpListener:
     """One application on one address; port 0 takes any that is free."""
 
-    def __init__(self, app: Starlette, address: str, port: int) -> None:
+    def __init__(self, app: HttpFront, address: str, port: int) -> None:
         self._address = address
         self.port = port
         self.socket: socket.socket | None = None
         config = uvicorn.Config(
             app,
+            http=HttpConnection,
+            ws="none",
+            interface="asgi3",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             limit_concurrency=CONNECTIONS_MAX,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
@@ -53,6 +58,8 @@ class HttpListener:
             self.socket = listen(self._address, self.port)
         except OSError as error:
             raise ListenError(f"cannot listen on {self._address}:{self.port} for HTTP: {reason(error)}") from error
+        # Connections inherit it: the second packet of an answer, its body, must not wait for the client.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = self.socket.getsockname()[1]
 
     async def serve(self) -> None:
