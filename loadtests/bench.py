@@ -24,6 +24,7 @@ from loadtests.peers import (
     ECHO,
     GRPCIO,
     NATIVE,
+    SHARED,
     EchoMeasurement,
     LoopMeasurement,
     Measurement,
@@ -34,11 +35,16 @@ from loadtests.plan import BASE, MEMORY, PARTS, QUICK, Case, Plan
 from loadtests.processes import ServerFailed, ServerProcess
 from loadtests.procfs import read_rss_bytes
 from loadtests.results import Goal, Memory, Row, goals
+from loadtests.shared_memory import SharedMeasurement, registered
 from sluice_server.open_files import raise_limit
 from sluice_server.transport.choice import TransportChoice, native_problem
 
-FLAGS = {GRPCIO: TransportChoice.GRPCIO, NATIVE: TransportChoice.NATIVE}
-"""What --transport is for each of ours."""
+FLAGS = {
+    GRPCIO: (TransportChoice.GRPCIO,),
+    NATIVE: (TransportChoice.NATIVE,),
+    SHARED: (TransportChoice.NATIVE, "--allow-client-shm"),
+}
+"""What --transport is for each of ours, and what other flags it has."""
 
 RESULTS = Path(__file__).with_name("results") / "latest.json"
 
@@ -98,20 +104,25 @@ def measure_table(cases: Sequence[Case], plan: Plan, scratch: Path) -> list[Row]
     models = {name: generate(name, repository) for name in names}
     with ExitStack() as stack:
         servers = {
-            who: stack.enter_context(processes.sluice(repository, scratch, flag))
-            for who, flag in FLAGS.items()
+            who: stack.enter_context(processes.sluice(repository, scratch, *flags))
+            for who, flags in FLAGS.items()
             if any(case.who == who for case in cases)
         }
         servers[ECHO] = stack.enter_context(processes.echo(scratch))
-        return take_turns([_measurement(case, models[case.model], servers, scratch) for case in cases], plan)
+        return take_turns([_measurement(case, models[case.model], servers, scratch, stack) for case in cases], plan)
 
 
-def _measurement(case: Case, model: BenchModel, servers: Mapping[str, ServerProcess], scratch: Path) -> Measurement:
+def _measurement(
+    case: Case, model: BenchModel, servers: Mapping[str, ServerProcess], scratch: Path, stack: ExitStack
+) -> Measurement:
     if case.load is None:
         return LoopMeasurement(model)
     server = servers[case.who]
     if case.who == ECHO:
         return EchoMeasurement(model, server, case.load, scratch)
+    if case.who == SHARED:
+        shared = stack.enter_context(registered(model, server))
+        return SharedMeasurement(model, server, case.load, scratch, shared)
     return SluiceMeasurement(case.who, model, server, case.load, scratch)
 
 
@@ -142,7 +153,7 @@ def measure_memory(transports: Sequence[str], plan: Plan, scratch: Path) -> list
     for who, requests in plan.soak_requests:
         if who not in transports:
             continue
-        with processes.sluice(repository, scratch, FLAGS[who]) as server:
+        with processes.sluice(repository, scratch, *FLAGS[who]) as server:
             measurement = SluiceMeasurement(who, model, server, BASE, scratch)
             _say(f"memory, {who}: {plan.soak_warmup_requests:,} requests to warm up, then {requests:,}")
             measurement.send(plan.soak_warmup_requests)

@@ -24,10 +24,12 @@ from sluice_client import Client
 
 GRPCIO = "sluice on grpcio"
 NATIVE = "sluice on native"
+SHARED = "native, shared memory"
 ECHO = "bare grpcio echo"
 LOOP = "bare ONNX Runtime loop"
 
-METHOD = "inference.GRPCInferenceService/ModelInfer"
+SERVICE = "inference.GRPCInferenceService"
+METHOD = f"{SERVICE}/ModelInfer"
 
 RATE_TRIALS = 3
 """Each finds the rate better than the one before, and together they warm the server up."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
-from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE
+from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SHARED
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "lone": _cases("identity", LONE, GRPCIO, NATIVE, ECHO),
     "digits": _cases("digits_mlp", BUSY, GRPCIO, NATIVE, ECHO, LOOP),
     "large": _cases("large_mlp", LARGE, GRPCIO, NATIVE, LOOP) + _cases("large_mlp", LARGER, GRPCIO, NATIVE),
-    "images": _cases("images", IMAGES, GRPCIO, NATIVE),
+    "images": _cases("images", IMAGES, GRPCIO, NATIVE, SHARED),
     "crowd": _cases("identity", BASE, NATIVE) + _cases("identity", CROWD, NATIVE),
     MEMORY: (),
 }
@@ -54,6 +54,8 @@ class Plan:
     def cases(self, transports: Iterable[str]) -> list[Case]:
         """The rows to measure with our transports that there are; what two parts share is measured once."""
         measurable = {*transports, ECHO, LOOP}
+        if NATIVE in measurable:
+            measurable.add(SHARED)
         found = dict.fromkeys(case for part in self.parts for case in PARTS[part])
         return [case for case in found if case.who in measurable]
 

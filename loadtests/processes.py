@@ -43,11 +43,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def sluice(repository: Path, scratch: Path, transport: str) -> Iterator[ServerProcess]:
-    """`sluice serve` on this model repository and one of its transports, as a user would run it."""
+def sluice(repository: Path, scratch: Path, transport: str, *more: str) -> Iterator[ServerProcess]:
+    """`sluice serve` on this model repository and one of its transports, as a user would run it, with `more` flags."""
     program = Path(sysconfig.get_path("scripts")) / "sluice"
     port = free_port()
-    flags = [f"--model-repository={repository}", f"--grpc-port={port}", "--http-port=0", "--metrics-port=0"]
+    flags = [f"--model-repository={repository}", f"--grpc-port={port}", "--http-port=0", "--metrics-port=0", *more]
     with _running(
         [str(program), "serve", f"--transport={transport}", *flags], port, scratch / f"sluice-{port}.log"
     ) as server:

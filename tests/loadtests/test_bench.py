@@ -7,13 +7,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import grpc
 import pytest
 
 from loadtests import bench, processes
+from loadtests.h2load import LoadError
 from loadtests.models import THREADS, generate
 from loadtests.ort_loop import measure, open_session
-from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SluiceMeasurement
+from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SluiceMeasurement, probe
 from loadtests.plan import CROWD, IMAGES, Plan
+from loadtests.shared_memory import SharedMeasurement, registered
 from sluice_server.open_files import raise_limit
 from sluice_server.transport.choice import native_problem
 
@@ -69,6 +72,21 @@ def test_a_thousand_connections_and_600_kb_images_come_through(transport: str, t
         assert crowd.send(2 * CROWD.in_flight).requests_per_s > 0
         images = SluiceMeasurement("ours", models["images"], server, IMAGES, tmp_path)
         assert images.send(2 * IMAGES.in_flight).requests_per_s > 0
+
+
+@needs_h2load
+def test_tensors_in_shared_memory_come_through_and_are_looked_at(transport: str, tmp_path: Path) -> None:
+    model = generate("images", tmp_path / "models")
+    with processes.sluice(tmp_path / "models", tmp_path, transport, "--allow-client-shm") as server:
+        with registered(model, server) as shared:
+            images = SharedMeasurement(model, server, IMAGES, tmp_path, shared)
+            assert images.send(2 * IMAGES.in_flight).requests_per_s > 0
+            reply = probe(server.port, images.model)
+            images.check_reply(reply)
+            with pytest.raises(LoadError, match="not what ONNX Runtime gives"):
+                images.check_reply(reply)
+        with pytest.raises(grpc.RpcError, match="Unable to find shared memory region"):
+            probe(server.port, images.model)
 
 
 def test_without_h2load_it_says_how_to_install_it(
