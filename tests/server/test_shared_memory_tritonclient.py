@@ -1,4 +1,4 @@
-"""tritonclient's shared memory utilities as they are, with its blocking and its asyncio client, unary and streaming."""
+"""tritonclient's shared memory utilities as they are, with all four of its clients, and with streams."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+import tritonclient.http as triton_http
+import tritonclient.http.aio as triton_http_aio
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor, shared_memory
 
 from support import models
@@ -34,7 +36,7 @@ def repository(tmp_path_factory):
 
 @pytest.fixture
 def server(start_server, repository):
-    return start_server(repository, allow_client_shm=True, http=None, metrics=None)
+    return start_server(repository, allow_client_shm=True, metrics=None)
 
 
 @pytest.fixture
@@ -66,24 +68,38 @@ def registrations(handles):
     return [(name, handle._shm_key, 2 * SIZE_BYTES) for name, handle in zip(("in", "out"), handles, strict=True)]
 
 
-def arguments():
-    inputs = [triton.InferInput(name, list(SHAPE), "INT32") for name in ("INPUT0", "INPUT1")]
-    outputs = [triton.InferRequestedOutput(name) for name in ("OUTPUT0", "OUTPUT1")]
+def arguments(library=triton):
+    inputs = [library.InferInput(name, list(SHAPE), "INT32") for name in ("INPUT0", "INPUT1")]
+    outputs = [library.InferRequestedOutput(name) for name in ("OUTPUT0", "OUTPUT1")]
     for place, (tensor, output) in enumerate(zip(inputs, outputs, strict=True)):
         tensor.set_shared_memory("in", SIZE_BYTES, offset=place * SIZE_BYTES)
         output.set_shared_memory("out", SIZE_BYTES, offset=place * SIZE_BYTES)
     return {"model_name": "simple", "inputs": inputs, "outputs": outputs}
 
 
-def check(handle, result):
-    """The outputs are in the region, and not in the answer, which says what they are."""
-    for name, expected, place in (("OUTPUT0", A + B, 0), ("OUTPUT1", A - B, 1)):
-        described = result.get_output(name)
-        assert (list(described.shape), described.datatype) == (list(SHAPE), "INT32")
+def check_region(handle):
+    """The outputs are in the region, which is zeros from then on."""
+    for expected, place in ((A + B, 0), (A - B, 1)):
         got = shared_memory.get_contents_as_numpy(handle, np.int32, SHAPE, offset=place * SIZE_BYTES).copy()
         np.testing.assert_array_equal(got, expected)
-    assert not any(result.get_response().raw_output_contents)
     shared_memory.set_shared_memory_region(handle, [np.zeros_like(A), np.zeros_like(B)])
+
+
+def check(handle, result):
+    """The outputs are in the region, and not in the answer, which says what they are."""
+    check_region(handle)
+    for name in ("OUTPUT0", "OUTPUT1"):
+        described = result.get_output(name)
+        assert (list(described.shape), described.datatype) == (list(SHAPE), "INT32")
+    assert not any(result.get_response().raw_output_contents)
+
+
+def check_json(handle, result):
+    """The same of an answer over HTTP."""
+    check_region(handle)
+    assert [
+        (each["name"], each["shape"], each["datatype"], "data" in each) for each in result.get_response()["outputs"]
+    ] == [(name, list(SHAPE), "INT32", False) for name in ("OUTPUT0", "OUTPUT1")]
 
 
 def test_the_blocking_client_shares_memory(client, handles):
@@ -140,6 +156,36 @@ def test_the_asyncio_client_shares_memory(server, handles):
             check(handles[1], told[-1][0])
             await client.unregister_system_shared_memory()
             assert not (await client.get_system_shared_memory_status()).regions
+
+    asyncio.run(talk())
+
+
+def test_the_blocking_http_client_shares_memory(server, handles):
+    with triton_http.InferenceServerClient(f"127.0.0.1:{server.server.http_port}") as client:
+        for registration in registrations(handles):
+            client.register_system_shared_memory(*registration)
+        assert client.get_system_shared_memory_status("in") == [
+            {"name": "in", "key": handles[0]._shm_key, "offset": 0, "byte_size": 2 * SIZE_BYTES}
+        ]
+        check_json(handles[1], client.infer(**arguments(triton_http)))
+        client.unregister_system_shared_memory("in")
+        with pytest.raises(InferenceServerException, match="Unable to find shared memory region: 'in'") as caught:
+            client.infer(**arguments(triton_http))
+        assert caught.value.status() == "404"
+        client.unregister_system_shared_memory()
+        assert client.get_system_shared_memory_status() == []
+        assert client.get_cuda_shared_memory_status() == []
+
+
+def test_the_asyncio_http_client_shares_memory(server, handles):
+    async def talk():
+        async with triton_http_aio.InferenceServerClient(f"127.0.0.1:{server.server.http_port}") as client:
+            for registration in registrations(handles):
+                await client.register_system_shared_memory(*registration)
+            assert {each["name"] for each in await client.get_system_shared_memory_status()} == {"in", "out"}
+            check_json(handles[1], await client.infer(**arguments(triton_http)))
+            await client.unregister_system_shared_memory()
+            assert await client.get_system_shared_memory_status() == []
 
     asyncio.run(talk())
 
