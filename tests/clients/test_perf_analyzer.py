@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.observability.statistics import Outcome
 from support import models
 
@@ -41,7 +42,7 @@ def server(start_server, repository) -> RunningServer:
     models.write_model(repository, "echo", models.identity(dims=("N", 16)), max_batch_size=8)
     models.write_model(repository, "open", models.identity(dims=("N", "M")), max_batch_size=8)
     models.write_model(repository, "text", models.identity("BYTES", ("N", 2)), max_batch_size=8)
-    return start_server(repository, http=None, metrics=None)
+    return start_server(repository, allow_client_shm=True, http=None, metrics=None)
 
 
 @pytest.fixture
@@ -106,6 +107,15 @@ def test_perf_analyzer_is_told_the_shape_of_what_is_open(load):
 def test_perf_analyzer_sends_text(load):
     report = load("text", "--string-length", "5", "--concurrency-range", str(CONCURRENCY))
     assert number(report, "Successful request count") > 0
+
+
+@pytest.mark.parametrize("way", [(), ("--async", "--streaming"), ("-b", "2")], ids=" ".join)
+@pytest.mark.parametrize("model", ["echo", "text"])
+def test_perf_analyzer_shares_memory(model, way, load, server):
+    shared = ("--shared-memory", "system", "--output-shared-memory-size", "1000", "--string-length", "5")
+    report = load(model, *shared, "--concurrency-range", str(CONCURRENCY), *way)
+    assert number(report, "Successful request count") > 0
+    assert not server.call("SystemSharedMemoryStatus", pb.SystemSharedMemoryStatusRequest()).regions
 
 
 @pytest.mark.parametrize("arguments", [(), ("--async", "--streaming")])
