@@ -9,6 +9,8 @@ from functools import partial
 import grpc
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.execution.shared_memory import RegionTable
@@ -429,3 +431,54 @@ def test_clients_elsewhere_share_no_memory_unless_control_is_open_to_any(server,
         assert (status.code is Code.PERMISSION_DENIED) is not allow_any, status
         if not allow_any:
             assert re.search(r"open to clients on the server's own machine only.*--allow-control=any", status.message)
+
+
+EDGES = [0, 1, 4, 60, 64, 68, 100, 128, 192, 255, 256, 257, 1 << 31, 1 << 32, (1 << 63) - 1, -1, -(1 << 63)]
+values = st.builds(pb.InferParameter, int64_param=st.sampled_from(EDGES) | st.integers(-(1 << 63), (1 << 63) - 1))
+places = st.fixed_dictionaries(
+    {
+        "region": st.builds(pb.InferParameter, string_param=st.sampled_from(["whole", "end", "", "nope"])) | values,
+        "byte_size": st.just(pb.InferParameter(int64_param=64)) | values,
+    },
+    optional={"offset": st.sampled_from([0, 64, 128]).map(lambda at: pb.InferParameter(int64_param=at)) | values},
+)
+HONEST = {Code.OK, Code.INVALID_ARGUMENT, Code.NOT_FOUND}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    model=st.sampled_from(["simple", "text", "any"]),
+    inputs=st.lists(places, min_size=1, max_size=2),
+    outputs=st.lists(places, max_size=2),
+    shape=st.lists(st.sampled_from([0, 1, 2, 16, 1 << 40]), max_size=3),
+    data=st.binary(max_size=64),
+    left_bytes=st.sampled_from([None, None, 0, 64, 200]),
+)
+def test_whatever_a_request_says_of_regions_and_whatever_is_in_them_ends_in_an_honest_status(
+    model, inputs, outputs, shape, data, left_bytes, server
+):
+    names = {"simple": (["INPUT0", "INPUT1"], ["OUTPUT0", "OUTPUT1"])}.get(model, (["X"], ["Y"]))
+    kind = {"simple": "INT32", "text": "BYTES", "any": "FP32"}[model]
+    message = pb.ModelInferRequest(model_name=model)
+    described = [message.inputs.add(name=name, datatype=kind, shape=shape) for name in names[0]]
+    wanted = [message.outputs.add(name=name) for name, _ in zip(names[1], outputs, strict=False)]
+    for item, place in [*zip(described, inputs, strict=False), *zip(wanted, outputs, strict=False)]:
+        for key, value in place.items():
+            item.parameters[f"shared_memory_{key}"].CopyFrom(value)
+    with Object(256) as shm:
+        shm.put(data)
+        regions = RegionTable()
+        regions.register("whole", shm.key, 0, 256)
+        regions.register("end", shm.key, 128, 128)
+        if left_bytes is not None:
+            shm.cut(left_bytes)
+        inner = server.server
+        memory = SharedMemory(regions)
+        dispatcher = Dispatcher(inner.manager, {}, StatusMapper(), inner._slow_pool, regions=memory)
+        call = RecordingCall(message.SerializeToString())
+        dispatcher([call])
+        status, _ = call.wait()
+        assert status.code in HONEST or "should be at least" in status.message or "is not UTF-8" in status.message, (
+            status
+        )
+        assert len(shm.get()) == (256 if left_bytes is None else left_bytes)
