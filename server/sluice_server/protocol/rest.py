@@ -11,7 +11,7 @@ import collections
 import time
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sluice_batching import NO_DEADLINE
 from sluice_server.errors import Unavailable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sluice_server.protocol.rest_routes import Endpoint, Names, Route
     from sluice_server.repository.manager import ModelManager
     from sluice_server.status import Status, StatusMapper
-    from sluice_server.transport.call import Metadata
+    from sluice_server.transport.call import Handler, Metadata
 
 HEAD_LENGTH = "inference-header-content-length"
 """The header that says how long the JSON before the binary tensors is."""
@@ -78,12 +78,20 @@ class Exchange(ABC):
 class RestCall(Call):
     """One REST request, as the rest of the server sees it."""
 
-    __slots__ = ("_ended", "_exchange", "_render", "_rest")
+    __slots__ = ("_codes", "_ended", "_exchange", "_render", "_rest")
 
     front = "HTTP"
     """For its trace."""
 
-    def __init__(self, rest: Rest, exchange: Exchange, rpc: str, message: bytes, render: Any) -> None:
+    def __init__(
+        self,
+        rest: Rest,
+        exchange: Exchange,
+        rpc: str,
+        message: bytes,
+        render: Callable[[Sequence[Buffer]], HttpAnswer],
+        endpoint: Endpoint,
+    ) -> None:
         """`render` makes the answer of the parts of the RPC's response."""
         self.method = path_of(rpc)
         self.message = message
@@ -93,6 +101,7 @@ class RestCall(Call):
         self._rest = rest
         self._exchange = exchange
         self._render = render
+        self._codes = endpoint.codes
         self._ended = False
         exchange.left = self._leave
 
@@ -131,7 +140,7 @@ class RestCall(Call):
             except Exception as error:
                 status = self._rest.to_status(error)
         if status is not None:
-            answer = refusal(status)
+            answer = refusal(status, self._codes)
         self._close(Code.OK if status is None else status.code)
         self._exchange.answer(answer)
 
@@ -156,7 +165,7 @@ class Rest:
 
     def __init__(
         self,
-        handler: Callable[[Sequence[Call]], None],
+        handler: Handler,
         manager: ModelManager,
         to_status: StatusMapper,
         version: str,
@@ -208,14 +217,14 @@ class Rest:
         try:
             if endpoint is rest_routes.INFER:
                 message, forms = self._read(exchange, names)
-                call = RestCall(self, exchange, rpc, message, partial(_render_inference, forms))
+                call = RestCall(self, exchange, rpc, message, partial(_render_inference, forms), endpoint)
             else:
                 message = endpoint.request(names, exchange.body).SerializeToString()
-                call = RestCall(self, exchange, rpc, message, partial(_render, endpoint))
+                call = RestCall(self, exchange, rpc, message, partial(_render, endpoint), endpoint)
         except Exception as error:
             status = self.to_status(error)
             self.count(path_of(rpc), status.code)
-            exchange.answer(refusal(status))
+            exchange.answer(refusal(status, endpoint.codes))
         else:
             self._taken.append(call)
 
@@ -248,9 +257,9 @@ def _wrong_verb(route: Route) -> HttpAnswer:
     return plain_error(405, "Method Not Allowed", ("allow", ", ".join(allowed)))
 
 
-def refusal(status: Status) -> HttpAnswer:
-    """The answer to a call that has failed."""
-    return plain_error(HTTP_CODES[status.code], status.message)
+def refusal(status: Status, codes: Mapping[Code, int] | None = None) -> HttpAnswer:
+    """The answer to a call that has failed; `codes` come before the table."""
+    return plain_error({**HTTP_CODES, **codes}[status.code] if codes else HTTP_CODES[status.code], status.message)
 
 
 def plain_error(code: int, text: str, *headers: tuple[str, str]) -> HttpAnswer:

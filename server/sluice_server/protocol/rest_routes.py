@@ -16,6 +16,7 @@ from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.errors import InvalidArgument
 from sluice_server.protocol import rest_json
 from sluice_server.protocol.rest_json import MalformedJson, member, optional, to_json
+from sluice_server.status import Code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,6 +45,8 @@ class Endpoint:
     response: type[Message] | None = None
     takes: str | None = None
     gives: str | None = None
+    codes: Mapping[Code, int] = field(default_factory=dict)
+    """HTTP codes that differ from the table's."""
 
 
 EMPTY = object()
@@ -143,6 +146,7 @@ def _endpoint(
     answer: Callable[[Any], tuple[int, Any]],
     takes: str | None = None,
     gives: str | None = "Any",
+    codes: Mapping[Code, int] | None = None,
 ) -> Endpoint:
     classes: dict[str, Any] = vars(pb)
     request_class = classes[f"{rpc}Request"]
@@ -152,7 +156,7 @@ def _endpoint(
         request(message, names, body)
         return message
 
-    return Endpoint(rpc, summary, build, answer, classes[f"{rpc}Response"], takes, gives)
+    return Endpoint(rpc, summary, build, answer, classes[f"{rpc}Response"], takes, gives, codes or {})
 
 
 def _get(
@@ -274,8 +278,9 @@ def _settings() -> list[Route]:
         pass
 
     def set_log(message: Any, _names: Names, body: bytes) -> None:
-        for key, value in rest_json.load_object(body).items():
-            _set_log(_new_key(message.settings, key), key, value)
+        fields = rest_json.load_object(body)
+        for key in _LOG_KINDS.keys() & fields.keys():
+            _set_log(message.settings[key], fields, key)
 
     def log(answer: Any) -> tuple[int, Any]:
         return 200, {key: next(iter(to_json(answer.settings[key]).values()), None) for key in answer.settings}
@@ -286,7 +291,7 @@ def _settings() -> list[Route]:
     }
     logging = {
         "GET": _endpoint("LogSettings", "The log settings", ask_log, log),
-        "POST": _endpoint("LogSettings", "Change log settings", set_log, log, "LogSettings"),
+        "POST": _endpoint("LogSettings", "Change log settings", set_log, log, "LogSettings", codes=_LOG_CODES),
     }
     return [
         Route("/v2/trace/setting", tracing),
@@ -314,17 +319,32 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _set_log(target: Any, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        target.bool_param = value
-    elif isinstance(value, int) and 0 <= value < 1 << 32:
-        target.uint32_param = value
-    elif isinstance(value, str):
-        rest_json.set_text(target, "string_param", value)
+_LOG_KINDS: dict[str, tuple[type, str]] = {
+    "log_file": (str, "string_param"),
+    "log_info": (bool, "bool_param"),
+    "log_warning": (bool, "bool_param"),
+    "log_error": (bool, "bool_param"),
+    "log_verbose_level": (int, "uint32_param"),
+    "log_format": (str, "string_param"),
+}
+"""Log setting -> its type in JSON, and its field. A wrong type is 500, and others are passed over, as in Triton."""
+
+_LOG_CODES = {Code.INVALID_ARGUMENT: 503}
+"""What is left to refuse then is the format, which Triton does with this code."""
+
+
+def _set_log(target: Any, fields: dict[str, Any], key: str) -> None:
+    kind, target_field = _LOG_KINDS[key]
+    target.SetInParent()
+    if fields[key] is None:  # back to the default
+        return
+    value = member(fields, key, kind)
+    if kind is str:
+        rest_json.set_text(target, target_field, value)
+    elif kind is int and not 0 <= value < 1 << 32:
+        raise MalformedJson(f"Unable to parse '{key}': attempt to access JSON non-unsigned-integer as one")
     else:
-        raise MalformedJson(
-            f"Unable to parse '{key}': attempt to access JSON non-value as a string, a boolean or an unsigned integer"
-        )
+        setattr(target, target_field, value)
 
 
 def _new_key(mapping: Any, key: str) -> Any:
