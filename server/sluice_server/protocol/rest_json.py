@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
     from typing_extensions import Buffer
 
-    from sluice_proto.grpc_service_pb2 import InferParameter
+    from sluice_proto.grpc_service_pb2 import InferParameter, ModelRepositoryParameter
 
 _NUMBER_WORD = re.compile(rb"NaN|Infinity")
 _INT64_MAX, _UINT64_MAX = (1 << 63) - 1, (1 << 64) - 1
@@ -90,20 +90,27 @@ def optional(owner: dict[str, Any], name: str, kind: type) -> Any:
     return member(owner, name, kind) if name in owner else kind()
 
 
-def set_parameter(target: InferParameter, key: str, value: Any) -> None:
-    """Write a parameter's JSON value into the protobuf field of its kind."""
-    if isinstance(value, bool):
-        target.bool_param = value
-    elif isinstance(value, str):
-        set_text(target, "string_param", value)
-    elif isinstance(value, float):
-        target.double_param = value
-    elif isinstance(value, int) and -_INT64_MAX - 1 <= value <= _INT64_MAX:
-        target.int64_param = value
-    elif isinstance(value, int) and 0 <= value <= _UINT64_MAX:
-        target.uint64_param = value
-    else:
+def set_parameter(target: InferParameter | ModelRepositoryParameter, key: str, value: Any) -> None:
+    """Write a parameter's JSON value into the protobuf field of its kind, of those that the message has."""
+    kind = _parameter_kind(value)
+    if kind not in target.DESCRIPTOR.fields_by_name:
         raise InvalidArgument(f"parameter '{key}' has invalid type. It should be either 'int', 'bool', or 'string'.")
+    if isinstance(value, str):
+        set_text(target, kind, value)
+    else:
+        setattr(target, kind, value)
+
+
+def _parameter_kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "bool_param"
+    if isinstance(value, str):
+        return "string_param"
+    if isinstance(value, float):
+        return "double_param"
+    if isinstance(value, int) and -_INT64_MAX - 1 <= value <= _UINT64_MAX:
+        return "int64_param" if value <= _INT64_MAX else "uint64_param"
+    return ""
 
 
 def set_text(target: Message, field: str, value: str) -> None:
