@@ -7,7 +7,6 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,17 +46,6 @@ def region(table, shm):
     """The object without its first 16 bytes."""
     table.register("r", shm.key, 16, 48)
     return table.find("r")
-
-
-def open_objects(shm: Object) -> int:
-    """How often this process has the object open."""
-    found = 0
-    for fd in Path("/proc/self/fd").iterdir():
-        try:
-            found += str(fd.readlink()).removesuffix(" (deleted)") == str(shm.path)
-        except FileNotFoundError:  # the one that the directory itself was read by
-            continue
-    return found
 
 
 def refuse(error):
@@ -151,7 +139,7 @@ def test_a_range_that_is_not_in_the_object_is_refused(tmp_path, shm, offset, siz
     ):
         table.register("r", shm.key, offset, size_bytes)
     assert table.select() == []
-    assert open_objects(shm) == 0
+    assert shm.times_open() == 0
 
 
 def test_regions_and_their_bytes_are_bounded(table, shm):
@@ -267,16 +255,16 @@ def test_an_object_that_was_removed_is_an_error_even_when_there_is_a_new_one_of_
 
 def test_an_object_is_open_until_nobody_needs_it(table, shm):
     table.register("r", shm.key, 16, 48)
-    assert open_objects(shm) == 1
+    assert shm.times_open() == 1
     window = table.find("r").window(0, 4)
     table.unregister("r")
     table.register("r", shm.key, 0, 4)
-    assert open_objects(shm) == 2
+    assert shm.times_open() == 2
     np.testing.assert_array_equal(tensor(window, 1).read(), [4])
     del window
-    assert open_objects(shm) == 1
+    assert shm.times_open() == 1
     table.unregister()
-    assert open_objects(shm) == 0
+    assert shm.times_open() == 0
 
 
 def test_outputs_are_written_at_the_start_of_their_windows(region, shm):

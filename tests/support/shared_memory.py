@@ -57,6 +57,16 @@ class Object:
         """Remove its name."""
         self.path.unlink(missing_ok=True)
 
+    def times_open(self) -> int:
+        """How often this process has it open, and the server in it."""
+        found = 0
+        for fd in Path("/proc/self/fd").iterdir():
+            try:
+                found += str(fd.readlink()).removesuffix(" (deleted)") == str(self.path)
+            except FileNotFoundError:  # closed in between, as the one is that the folder was read by
+                continue
+        return found
+
     def registration(self, name: str, offset: int = 0) -> pb.SystemSharedMemoryRegisterRequest:
         """What registers it, from an offset on, under this name."""
         size_bytes = self.size_bytes - offset
