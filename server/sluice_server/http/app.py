@@ -1,8 +1,9 @@
 """The ASGI front: reads requests whole within bounds, makes exchanges of them, and sends their answers.
 
-One coroutine serves each request: it reads the body, has the exchange taken, and then waits for the client to leave or
-the answer to be sent, whichever ASGI tells first. Answers come from any thread; the first of a batch wakes the event
-loop, the others ride along.
+One coroutine serves each request: it reads the body, has the exchange taken, and waits for the answer or for the client
+to leave. ASGI tells of the latter only who goes on receiving, which would take a second task for each request: the
+connection tells it instead, and closes itself when a body does not come. Answers come from any thread; the first of a
+batch wakes the event loop, the others ride along.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sluice_server.protocol.rest import Exchange, HttpAnswer, plain_error, refus
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
 
+    from sluice_server.http.connection import HttpConnection
     from sluice_server.status import StatusMapper
 
     Scope = MutableMapping[str, Any]
@@ -31,9 +33,6 @@ SCRAPE_BYTES_MAX = 1 << 20
 
 HELD_BYTES_MAX = 2 << 30
 """Bytes of bodies in memory over all requests: thirty of the largest by default; the queues' own bounds are lower."""
-
-STALL_S = 60.0
-"""How long a client may take for the next piece of its body: slow links send some of it every second."""
 
 INLINE_BYTES_MAX = 256 << 10
 """Up to this size (de)compressing takes a few milliseconds at most; larger bodies go to a thread, off the loop."""
@@ -55,9 +54,9 @@ class Handler(Protocol):
 class HttpExchange(Exchange):
     """One request in progress on the event loop."""
 
-    __slots__ = ("_front", "_send", "ended", "held_bytes", "sending")
+    __slots__ = ("_front", "answered", "held_bytes")
 
-    def __init__(self, front: HttpFront, scope: Scope, headers: dict[str, str], send: Send) -> None:
+    def __init__(self, front: HttpFront, scope: Scope, headers: dict[str, str]) -> None:
         self.verb = scope["method"]
         self.path = scope["raw_path"].decode("ascii")
         self.headers = headers
@@ -66,23 +65,26 @@ class HttpExchange(Exchange):
         self.peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
         self.received_ns = 0
         self.left = None
-        self.ended = False
         self.held_bytes = 0
-        self.sending: asyncio.Task[None] | None = None
+        self.answered: asyncio.Future[HttpAnswer | None] = front.loop.create_future()
         self._front = front
-        self._send = send
 
     def answer(self, answer: HttpAnswer) -> None:
-        """Send the answer, unless the client has left."""
-        if not self.ended:
-            self.ended = True
-            self.sending = asyncio.get_running_loop().create_task(self._answer(answer))
+        """Have the answer sent, unless the client has left."""
+        if not self.answered.done():
+            self.answered.set_result(answer)
+
+    def leave(self) -> None:
+        """The client has left."""
+        if not self.answered.done():
+            self.answered.set_result(None)
 
     def resume(self, step: Callable[[], None]) -> None:
         """Have a step called on the event loop; from any thread."""
         self._front.post(step)
 
-    async def _answer(self, answer: HttpAnswer) -> None:
+    async def send(self, answer: HttpAnswer, send: Send) -> None:
+        """Send the answer, compressed as the client wants it."""
         parts = answer.parts
         headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers]
         size_bytes = sum(map(len, parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
@@ -95,11 +97,11 @@ class HttpExchange(Exchange):
             parts, size_bytes = (packed,), len(packed)
             headers.append((b"content-encoding", encoding.encode()))
         headers.append((b"content-length", b"%d" % size_bytes))
-        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         pieces = [b"".join(parts)] if size_bytes <= JOINED_BYTES_MAX else list(parts)
         for piece in pieces[:-1]:
-            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
-        await self._send({"type": "http.response.body", "body": pieces[-1], "more_body": False})
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": pieces[-1], "more_body": False})
 
 
 class HttpFront:
@@ -113,31 +115,36 @@ class HttpFront:
         self._flush_is_due = False
         self._steps: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_is_due = False
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        exchange = HttpExchange(self, scope, headers, send)
+        exchange = HttpExchange(self, scope, headers)
+        connection: HttpConnection = scope["connection"]
+        connection.on_lost = exchange.leave
         try:
-            await self._serve(exchange, receive)
+            await self._receive(exchange, receive)
+            answer = await exchange.answered
+            if answer is not None:
+                await exchange.send(answer, send)
         finally:
+            connection.on_lost = None
             self._held_bytes -= exchange.held_bytes
-            exchange.ended = True
             if exchange.left is not None:
                 exchange.left()
 
     def post(self, step: Callable[[], None]) -> None:
         """Have a step called on the event loop; from any thread."""
         self._steps.append(step)
-        if self._wake_is_due or self._loop is None:
+        if self._wake_is_due:
             return
         self._wake_is_due = True
         try:
-            self._loop.call_soon_threadsafe(self._run_steps)
+            self.loop.call_soon_threadsafe(self._run_steps)
         except RuntimeError:  # the server has ended: nobody is left to hear
-            if not self._loop.is_closed():
+            if not self.loop.is_closed():
                 raise
 
     def _run_steps(self) -> None:
@@ -146,22 +153,15 @@ class HttpFront:
         while self._steps:
             self._steps.popleft()()
 
-    async def _serve(self, exchange: HttpExchange, receive: Receive) -> None:
+    async def _receive(self, exchange: HttpExchange, receive: Receive) -> None:
         try:
-            if not await self._read(exchange, receive):
-                return
-        except TimeoutError:
-            exchange.answer(plain_error(408, "the body of the request does not come", ("connection", "close")))
+            is_whole = await self._read(exchange, receive)
         except Exception as error:
             exchange.answer(refusal(self._to_status(error)))
-        else:
+            return
+        if is_whole:
             exchange.received_ns = time.monotonic_ns()
             self._take(exchange)
-        # The client leaves, or the answer has been sent.
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if exchange.sending is not None:
-            await exchange.sending
 
     async def _read(self, exchange: HttpExchange, receive: Receive) -> bool:
         """Read the body; False when the client left meanwhile."""
@@ -173,9 +173,9 @@ class HttpFront:
         size_bytes = 0
         more = True
         while more:
-            async with asyncio.timeout(STALL_S):
-                message = await receive()
+            message = await receive()
             if message["type"] == "http.disconnect":
+                exchange.leave()
                 return False
             piece = message.get("body", b"")
             more = message.get("more_body", False)
@@ -206,7 +206,7 @@ class HttpFront:
         if not self._flush_is_due:
             # At the end of this turn of the loop, with whatever arrives in the rest of it.
             self._flush_is_due = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            self.loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_is_due = False
