@@ -12,6 +12,12 @@ An offer wakes at most one waiting thread, and none while a woken one is still o
 into account that came meanwhile. Whoever leaves `take` passes the watch on: if something is left and due earlier than
 what a waiting thread has set its alarm for, it wakes one. So there is one wake-up per batch, not per request, and no
 thread is woken in vain by a request that is not due.
+
+Lending
+-------
+Waking a thread takes longer than a small batch. So a thread that offers may run the batch itself (`offer_and_take`) in
+the place of a taker that is idle: there are never more batches under way than takers, and as long as a place is lent,
+one idle taker fewer counts. `give_back` ends it. Nothing is ever taken out of turn: only an empty queue lends.
 """
 
 import threading
@@ -49,6 +55,7 @@ class BatchQueue(Generic[R]):
         "_alarm_ns",
         "_clock",
         "_idle_takers",
+        "_lent",
         "_lock",
         "_on_earlier_deadline",
         "_queue",
@@ -63,6 +70,7 @@ class BatchQueue(Generic[R]):
         self._work = threading.Condition(self._lock)
         self._queue: Queue[R] = Queue(policy)
         self._idle_takers = 0
+        self._lent = 0
         self._wake_up_under_way = False
         # The earliest instant at which an idle taker wakes by itself. Too late a value costs a wake-up in vain, and
         # every taker that wakes sets it back, so it is never too early.
@@ -126,24 +134,56 @@ class BatchQueue(Generic[R]):
             report(earlier_ns)
         return errors
 
+    def offer_and_take(self, request: R) -> tuple[BatchingError | None, list[R]]:
+        """Let one request wait, or give the batch that it makes to run here and now, if a taker is idle.
+
+        Returns why it was not accepted, and the batch; empty: the takers see to the request as after `offer`. Whoever
+        gets a batch runs it, answers it and calls `give_back`.
+        """
+        with self._lock:
+            now_ns = self._clock()
+            lends = self._idle_takers > self._lent and not self._wake_up_under_way and not self._queue
+            error = self._queue.try_offer(request, now_ns)
+            batch = self._queue.take(now_ns).batch if lends and error is None else []
+            if batch:
+                self._lent += 1
+                return None, batch
+            self._pass_the_watch_on()
+            report = self._on_earlier_deadline
+            earlier_ns = None if report is None else self._earlier_deadline_ns()
+        if report is not None and earlier_ns is not None:
+            report(earlier_ns)
+        return error, batch
+
+    def give_back(self) -> None:
+        """End what `offer_and_take` began: the taker whose place was lent may go on."""
+        with self._lock:
+            self._lent -= 1
+            if self._queue.draining:
+                self._work.notify_all()
+            else:
+                self._pass_the_watch_on()
+
     def take(self, timeout_ns: int | None = None) -> Taken[R] | None:
         """Wait for a batch to run or for requests that have expired, and return both; the taker answers both.
 
-        None: the queue is draining and empty, so nothing will ever come. With a timeout, a Taken of two empty lists
-        says that the time is over.
+        None: the queue is draining and empty, and no place is lent, so nothing will ever come and nothing is under way
+        but what takers run. With a timeout, a Taken of two empty lists says that the time is over.
         """
         with self._lock:
             now_ns = self._clock()
             give_up_ns = NEVER_NS if timeout_ns is None else now_ns + timeout_ns
             while True:
-                taken = self._queue.take(now_ns)
+                # A taker that woke by itself while every place is lent has none to take in.
+                has_place = self._lent <= self._idle_takers
+                taken = self._queue.take(now_ns) if has_place else Taken([], [])
                 if taken.batch or taken.expired:
                     break
-                if self._queue.draining:
+                if self._queue.draining and not self._lent:
                     return None
                 if now_ns >= give_up_ns:
                     break
-                self._wait_for_work(give_up_ns, now_ns)
+                self._wait_for_work(give_up_ns, now_ns, watches=has_place)
                 now_ns = self._clock()
             self._pass_the_watch_on()
             return taken
@@ -180,8 +220,8 @@ class BatchQueue(Generic[R]):
             self._queue.drain()
             self._work.notify_all()
 
-    def _wait_for_work(self, give_up_ns: int, now_ns: int) -> None:
-        wakeup_ns = self._queue.next_wakeup_ns()
+    def _wait_for_work(self, give_up_ns: int, now_ns: int, *, watches: bool) -> None:
+        wakeup_ns = self._queue.next_wakeup_ns() if watches else None
         alarm_ns = give_up_ns if wakeup_ns is None else min(wakeup_ns, give_up_ns)
         self._alarm_ns = min(self._alarm_ns, alarm_ns)
         self._idle_takers += 1
@@ -194,7 +234,7 @@ class BatchQueue(Generic[R]):
 
     def _pass_the_watch_on(self) -> None:
         """Wake an idle taker if something is due before any of them wakes by itself."""
-        if self._idle_takers and not self._wake_up_under_way:
+        if self._idle_takers > self._lent and not self._wake_up_under_way:
             wakeup_ns = self._queue.next_wakeup_ns()
             if wakeup_ns is not None and wakeup_ns < self._alarm_ns:
                 self._wake_up_under_way = True

@@ -148,8 +148,9 @@ class Server:
             logger.warning(chosen.notice)
         if settings.grpc.tls is not None:
             check_tls(settings.grpc.tls)
-        kind = NativeTransport if chosen.name == TransportChoice.NATIVE else GrpcioTransport
-        return kind(self._dispatcher, self._dispatcher.methods, settings.grpc)
+        if chosen.name == TransportChoice.NATIVE:
+            return NativeTransport(self._dispatcher, self._dispatcher.methods, settings.grpc, lends=True)
+        return GrpcioTransport(self._dispatcher, self._dispatcher.methods, settings.grpc)
 
     @property
     def http_port(self) -> int:

@@ -306,3 +306,91 @@ def test_many_threads_offer_take_and_cancel_and_every_request_leaves_exactly_onc
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
     assert sorted(chain.from_iterable(left)) == sorted(map(id, accepted))
+
+
+def test_without_an_idle_taker_nothing_is_lent() -> None:
+    queue = batch_queue()
+    lone = request()
+    assert queue.offer_and_take(lone) == (None, [])
+    assert queue.take() == ([lone], [])
+
+
+def test_the_place_of_an_idle_taker_is_lent_until_it_is_given_back() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    taker = Taker(queue)
+    clock.wait_for_reading("taker", 1)
+    lent, next_one = request(), request()
+    assert queue.offer_and_take(lent) == (None, [lent])
+    assert queue.offer_and_take(next_one) == (None, [])
+    assert len(queue) == 1
+    assert clock.readings("taker") == 1
+    queue.give_back()
+    assert taker.result() == ([next_one], [])
+
+
+def test_only_one_place_is_lent_for_each_idle_taker_and_the_others_go_on() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    takers = [Taker(queue, "one"), Taker(queue, "two")]
+    clock.wait_for_reading("one", 1)
+    clock.wait_for_reading("two", 1)
+    lent, taken = request(), request()
+    assert queue.offer_and_take(lent) == (None, [lent])
+    queue.offer(taken)
+    queue.drain()
+    queue.give_back()
+    results = [taker.result() for taker in takers]
+    assert sorted(results, key=lambda result: result is None) == [([taken], []), None]
+
+
+def test_a_taker_that_wakes_by_itself_while_its_place_is_lent_takes_nothing() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    patient = Taker(queue, "patient", timeout_ns=5 * MS)
+    clock.wait_for_reading("patient", 1)
+    lent, waits = request(), request()
+    assert queue.offer_and_take(lent) == (None, [lent])
+    queue.offer(waits)
+    clock.wait_for_reading("patient", 2)
+    clock.now_ns = 5 * MS
+    assert patient.result() == ([], [])
+    queue.give_back()
+    assert queue.take() == ([waits], [])
+
+
+def test_a_refusal_or_a_delay_lends_nothing() -> None:
+    clock = ManualClock()
+    clock.now_ns = 5
+    queue = batch_queue(clock, delay_ns=HOUR_NS)
+    taker = Taker(queue)
+    clock.wait_for_reading("taker", 1)
+    error, batch = queue.offer_and_take(request(deadline_ns=5))
+    assert (type(error), batch) == (DeadlineExpired, [])
+    delayed = request()
+    assert queue.offer_and_take(delayed) == (None, [])
+    queue.drain()
+    assert taker.result() == ([delayed], [])
+
+
+def test_an_earlier_deadline_of_a_request_that_waits_is_reported_by_the_one_who_offers_it() -> None:
+    queue = batch_queue(ManualClock())
+    reported: list[int] = []
+    queue.watch_deadlines(reported.append)
+    queue.offer_and_take(request(deadline_ns=100))
+    queue.offer_and_take(request(deadline_ns=200))
+    assert reported == [100]
+
+
+def test_a_drained_queue_lets_its_takers_go_once_what_is_lent_is_done() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    taker = Taker(queue)
+    clock.wait_for_reading("taker", 1)
+    lent = request()
+    assert queue.offer_and_take(lent) == (None, [lent])
+    queue.drain()
+    clock.wait_for_reading("taker", 2)
+    assert taker.is_alive()
+    queue.give_back()
+    assert taker.result() is None

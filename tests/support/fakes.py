@@ -201,10 +201,12 @@ def held(model: ServedModel) -> Iterator[HeldSession]:
     session = HeldSession(originals[0])
     for instance in instances:
         instance._session = session
+    common, model._common_session = model._common_session, session
     try:
         yield session
     finally:
         session.release()
+        model._common_session = common
         for instance, original in zip(instances, originals, strict=True):
             instance._session = original
 

@@ -16,8 +16,9 @@ use crate::options::Options;
 use crate::runtime::{Bound as BoundServer, StartError};
 use crate::shared::{CODES, Clock, Deadlines, Gauges, Inbox, Item, Method, Outbox, Shared, empty, lock};
 
-/// What one `take` gives: calls, the callbacks of calls whose clients are gone, and news for the log.
-type Taken<'py> = (Bound<'py, PyList>, Vec<Py<PyAny>>, Vec<String>);
+/// What one `take` gives: calls, the callbacks of calls whose clients are gone, news for the log, and how many other
+/// threads wait to take.
+type Taken<'py> = (Bound<'py, PyList>, Vec<Py<PyAny>>, Vec<String>, usize);
 
 /// One listening server.
 #[pyclass(frozen, module = "sluice_native")]
@@ -101,11 +102,14 @@ impl Server {
     }
 
     /// Waits, without the interpreter, for what arrives, and gives at most `max` of it; None: nothing will come.
-    fn take<'py>(&self, py: Python<'py>, max: usize) -> PyResult<Option<Taken<'py>>> {
+    ///
+    /// Only one thread at a time has what it took: until it takes again, then with `leads`, or calls `release`.
+    #[pyo3(signature = (max, leads, /))]
+    fn take<'py>(&self, py: Python<'py>, max: usize, leads: bool) -> PyResult<Option<Taken<'py>>> {
         let mut items = Vec::new();
-        if !py.detach(|| self.shared.inbox.take(max, &mut items)) {
+        let Some(followers) = py.detach(|| self.shared.inbox.take(max, leads, &mut items)) else {
             return Ok(None);
-        }
+        };
         let calls = PyList::empty(py);
         let mut left = Vec::new();
         let mut notices = Vec::new();
@@ -125,7 +129,12 @@ impl Server {
                 Item::Release(buffer) => drop(buffer),
             }
         }
-        Ok(Some((calls, left, notices)))
+        Ok(Some((calls, left, notices, followers)))
+    }
+
+    /// Lets another thread take what comes next.
+    fn release(&self) {
+        self.shared.inbox.release();
     }
 
     /// Refuses new calls at once, waits up to `grace_s` seconds for accepted ones, ends the rest, closes everything.

@@ -14,7 +14,8 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -259,15 +260,19 @@ pub enum Item {
 #[derive(Default)]
 struct InboxQueue {
     items: VecDeque<Item>,
-    waiting: bool,
+    /// Threads that wait; the last one goes first, as its memory is the warmest.
+    waiting: Vec<Thread>,
+    /// One was woken, and is on its way.
+    woken: bool,
+    /// A thread has taken items and not let go yet: only then may the next one take.
+    led: bool,
     closed: bool,
 }
 
-/// What has arrived, for the one thread that takes it.
+/// What has arrived, for several threads that take it in turns.
 #[derive(Default)]
 pub struct Inbox {
     queue: Mutex<InboxQueue>,
-    arrived: Condvar,
 }
 
 impl Inbox {
@@ -279,31 +284,66 @@ impl Inbox {
     pub fn extend(&self, items: impl IntoIterator<Item = Item>) {
         let mut queue = lock(&self.queue);
         queue.items.extend(items);
-        if queue.waiting && !queue.items.is_empty() {
-            queue.waiting = false;
-            drop(queue);
-            self.arrived.notify_one();
-        }
+        self.wake(queue);
     }
 
-    /// Waits for items and moves up to `max` of them; false when none will come any more.
-    pub fn take(&self, max: usize, into: &mut Vec<Item>) -> bool {
+    /// Waits for items and moves up to `max` of them; gives how many other threads wait, or None when no item will
+    /// come any more. The caller leads until it takes again, then with `leads`, or calls `release`.
+    pub fn take(&self, max: usize, leads: bool, into: &mut Vec<Item>) -> Option<usize> {
         let mut queue = lock(&self.queue);
-        while queue.items.is_empty() {
-            if queue.closed {
-                return false;
-            }
-            queue.waiting = true;
-            queue = self.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        if leads {
+            queue.led = false;
         }
+        while queue.led || queue.items.is_empty() {
+            if queue.closed && queue.items.is_empty() {
+                return None;
+            }
+            queue = self.wait(queue);
+        }
+        queue.led = true;
         let count = queue.items.len().min(max);
         into.extend(queue.items.drain(..count));
-        true
+        Some(queue.waiting.len())
+    }
+
+    /// Lets another thread take what comes next.
+    pub fn release(&self) {
+        let mut queue = lock(&self.queue);
+        queue.led = false;
+        self.wake(queue);
+    }
+
+    fn wait<'a>(&'a self, mut queue: MutexGuard<'a, InboxQueue>) -> MutexGuard<'a, InboxQueue> {
+        let me = thread::current();
+        let id = me.id();
+        queue.waiting.push(me);
+        // A thread may wake for no reason: it was woken when it is not among those that wait any more.
+        while queue.waiting.iter().any(|waiting| waiting.id() == id) {
+            drop(queue);
+            thread::park();
+            queue = lock(&self.queue);
+        }
+        queue.woken = false;
+        queue
+    }
+
+    fn wake(&self, mut queue: MutexGuard<'_, InboxQueue>) {
+        if queue.woken || queue.led || queue.items.is_empty() {
+            return;
+        }
+        if let Some(thread) = queue.waiting.pop() {
+            queue.woken = true;
+            drop(queue);
+            thread.unpark();
+        }
     }
 
     pub fn close(&self) {
-        lock(&self.queue).closed = true;
-        self.arrived.notify_all();
+        let mut queue = lock(&self.queue);
+        queue.closed = true;
+        for thread in queue.waiting.drain(..) {
+            thread.unpark();
+        }
     }
 }
 

@@ -100,6 +100,14 @@ class BatchRunner:
             self._show(batch, feeds, dict(zip(names, outputs, strict=True)))
         return deque(zip([request.call for request in batch], answers, strict=True))
 
+    def run_and_send(self, session: Runnable, batch: list[InferRequest]) -> None:
+        """Run a batch and answer every request of it, whatever happens."""
+        try:
+            self.send(self.run(session, batch, deque()))
+        except Exception as error:
+            # A bug; whoever runs batches has other requests to see to.
+            self.give_up(batch, error)
+
     def send(self, answers: Answers) -> None:
         """Send answers and forget each as it goes; one that cannot be made (no memory, say) ends with an error."""
         while answers:

@@ -170,6 +170,7 @@ class ModelLoader:
             self._to_status,
             self._timer,
             properties=_properties(prepared, len(instances)),
+            common_session=prepared.groups[0].session if len(prepared.groups) == 1 else None,
         )
 
     def _queue_policy(self, config: ModelConfig) -> QueuePolicy:

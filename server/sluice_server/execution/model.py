@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,11 @@ from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExha
 from sluice_server.observability.statistics import FailureReason, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sluice_batching import BatchingError, BatchQueue, ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
-    from sluice_server.execution.instance import BatchRunner, Instance
+    from sluice_server.execution.instance import BatchRunner, Instance, Runnable
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.statistics import ModelStatistics
     from sluice_server.protocol.interface import ModelInterface
@@ -36,7 +37,9 @@ class ServedModel:
         timer: ExpiryTimer,
         *,
         properties: dict[str, str],
+        common_session: Runnable | None = None,
     ) -> None:
+        """`common_session` is the one that all instances share; None when they are on several devices."""
         self.config = config
         self.interface = interface
         self.queue = queue
@@ -46,6 +49,7 @@ class ServedModel:
         self._runner = runner
         self._to_status = to_status
         self._timer = timer
+        self._common_session = common_session
 
     def __repr__(self) -> str:
         return f"<ServedModel {self.interface.name}/{self.interface.version} {self.queue!r}>"
@@ -77,6 +81,32 @@ class ServedModel:
             else:
                 self._refuse(request, error)
         return late
+
+    def submit_one(self, request: InferRequest) -> tuple[bool, Callable[[], None] | None]:
+        """Queue one request as `submit` does, or give its batch to be run by the caller, in place of an idle instance.
+
+        Returns whether it came too late, and what the caller is to do, soon; it never raises. A lone request that
+        its thread runs itself is answered sooner: waking an instance takes longer than a small model.
+        """
+        session = self._common_session
+        if session is None:
+            return bool(self.submit((request,))), None
+        request.model = self
+        request.call.on_cancel = request.cancel
+        error, batch = self.queue.offer_and_take(request)
+        if batch:
+            return False, functools.partial(self._run_in_place, session, batch)
+        if isinstance(error, Draining):
+            return True, None
+        if error is not None:
+            self._refuse(request, error)
+        return False, None
+
+    def _run_in_place(self, session: Runnable, batch: list[InferRequest]) -> None:
+        try:
+            self._runner.run_and_send(session, batch)
+        finally:
+            self.queue.give_back()
 
     def cancel(self, request: InferRequest) -> None:
         """Take a request out of the queue, unless it runs or has ended."""

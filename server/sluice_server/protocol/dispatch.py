@@ -80,8 +80,8 @@ class Dispatcher:
         """Take no more requests from the streams of inference, and end each when its answers are sent."""
         self._infer_streams.stop()
 
-    def __call__(self, calls: Sequence[Call]) -> None:
-        """Take every call of the list over."""
+    def __call__(self, calls: Sequence[Call], /, *, lend: bool = False) -> Callable[[], None] | None:
+        """Take every call of the list over. With `lend`, give what the caller's thread is to run, if anything."""
         queued: dict[ServedModel, list[InferRequest]] = {}
         for call in calls:
             if call.method == INFER:
@@ -94,8 +94,12 @@ class Dispatcher:
                 self._pass_on(call, call.stream)
             else:
                 self._answer(call)
+        if lend and len(calls) == 1:
+            for model, (lone,) in queued.items():
+                return self._submit_one(model, lone)
         for model, requests in queued.items():
             self._submit(model, requests, RELOADS_FOLLOWED_MAX)
+        return None
 
     def _decode_into(
         self, queued: dict[ServedModel, list[InferRequest]], call: Call, *, passed_on: bool = False
@@ -136,10 +140,18 @@ class Dispatcher:
             return call
         return TracedCall(call, trace)
 
+    def _submit_one(self, model: ServedModel, request: InferRequest) -> Callable[[], None] | None:
+        is_late, work = model.submit_one(request)
+        if is_late:
+            self._follow_reload(model, [request], RELOADS_FOLLOWED_MAX)
+        return work
+
     def _submit(self, model: ServedModel, requests: list[InferRequest], reloads_left: int) -> None:
         late = model.submit(requests)
-        if not late:
-            return
+        if late:
+            self._follow_reload(model, late, reloads_left)
+
+    def _follow_reload(self, model: ServedModel, late: list[InferRequest], reloads_left: int) -> None:
         # The version began to drain after it was looked up. Its successor is in place by now, with its own checks.
         queued: dict[ServedModel, list[InferRequest]] = {}
         for request in late:

@@ -136,6 +136,21 @@ class Call(ABC):
         """End the call with a status that is not OK; from any thread."""
 
 
+class Handler(Protocol):
+    """What a transport hands its lists to; it never raises."""
+
+    def __call__(self, calls: Sequence[Call], /) -> object:
+        """Take every call of the list over."""
+
+
+class LendingHandler(Protocol):
+    """A handler that can use the thread which called it."""
+
+    def __call__(self, calls: Sequence[Call], /, *, lend: bool = False) -> Callable[[], None] | None:
+        """Take every call of the list over. With `lend`, what is returned is done next, on the same thread, while
+        another thread brings the next list."""
+
+
 class Transport(Protocol):
     """What the server needs of a transport, whichever library is behind it.
 

@@ -31,9 +31,9 @@ from sluice_server.transport.message import fit_message
 from sluice_server.transport.options import UNIX_PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
-    from sluice_server.transport.call import Call
+    from sluice_server.transport.call import Handler
     from sluice_server.transport.options import TransportOptions
 
 BIND_TIMEOUT_S = 30.0
@@ -82,7 +82,7 @@ class GrpcioTransport:
 
     def __init__(
         self,
-        handler: Callable[[Sequence[Call]], None],
+        handler: Handler,
         methods: Mapping[str, bool],
         options: TransportOptions,
     ) -> None:

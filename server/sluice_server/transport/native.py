@@ -1,7 +1,8 @@
 """The native transport: the Rust extension `sluice_native` behind the seam.
 
-Its own thread owns every socket. One Python thread takes what has arrived, in lists and without the interpreter while
-it waits, and is this transport's intake thread; calls are answered from any thread.
+Its own thread owns every socket. Two Python threads take what has arrived, in lists and without the interpreter while
+they wait; one at a time: the other takes its place when it lets go. So the handler is never called by two at once, and
+a thread that has let go may run the batch of a lone request itself. Calls are answered from any thread.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sluice_server.status import Code
-from sluice_server.transport.call import STREAM_AHEAD, Call, ListenError
+from sluice_server.transport.call import STREAM_AHEAD, ListenError
 from sluice_server.transport.listening import reason
 from sluice_server.transport.message import fit_message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
+    from sluice_server.transport.call import Handler, LendingHandler
     from sluice_server.transport.options import TransportOptions
 
 logger = logging.getLogger(__name__)
 
 DISTRIBUTION = "sluice-native"
+
+INTAKE_THREADS = 2
+"""One at the intake, and one that runs a lone request: more would only compete for the interpreter."""
 
 CALLS_MAX = 256
 """Calls that go up in one list: their decoding takes a few milliseconds, which the first of them waits for."""
@@ -39,16 +44,21 @@ class NativeTransport:
 
     def __init__(
         self,
-        handler: Callable[[Sequence[Call]], None],
+        handler: Handler | LendingHandler,
         methods: Mapping[str, bool],
         options: TransportOptions,
         *,
+        lends: bool = False,
         held_bytes_max: int = HELD_BYTES_MAX,
     ) -> None:
-        """`methods` maps the path of each RPC to whether it streams; ImportError without the extension."""
+        """`methods` maps the path of each RPC to whether it streams; ImportError without the extension.
+
+        With `lends`, the handler is asked for work that one of the intake threads may do.
+        """
         import sluice_native  # an installation without it has the other transport
 
         self._handler = handler
+        self._lends = lends
         self._address = options.address
         self._server = sluice_native.Server(
             options,
@@ -59,7 +69,10 @@ class NativeTransport:
             fit_message=fit_message,
         )
         self._endpoints: tuple[str, ...] = ()
-        self._thread = threading.Thread(target=self._hand_up, name="native-intake", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._hand_up, name=f"native-intake-{number}", daemon=True)
+            for number in range(INTAKE_THREADS if lends else 1)
+        ]
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -74,13 +87,15 @@ class NativeTransport:
             raise ListenError(f"cannot listen on {self._address} for gRPC: {reason(error)}") from error
         except ValueError as error:
             raise ListenError(str(error)) from error
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls at once, wait up to `grace_s` seconds for accepted ones, cancel the rest."""
         self._server.stop(grace_s)
-        if self._thread.ident is not None:
-            self._thread.join()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
 
     def outcomes(self) -> Mapping[tuple[str, Code], int]:
         """How many calls of each method have ended with each code."""
@@ -91,13 +106,25 @@ class NativeTransport:
         return self._server.counts()
 
     def _hand_up(self) -> None:
-        while (taken := self._server.take(CALLS_MAX)) is not None:
-            calls, left, notices = taken
+        leads = False
+        while (taken := self._server.take(CALLS_MAX, leads)) is not None:
+            leads = True
+            calls, left, notices, followers = taken
             for notice in notices:
                 logger.warning(notice)
             while left:
                 left.pop(0)()
-            if calls:
-                self._handler(cast("list[Call]", calls))
+            work = self._take_over(calls, lend=followers > 0) if calls else None
             # Nothing of the list may stay alive while this thread waits for the next one.
             del taken, calls, left
+            if work is not None:
+                self._server.release()
+                leads = False
+                work()
+                del work
+
+    def _take_over(self, calls: list[Any], *, lend: bool) -> Callable[[], None] | None:
+        if self._lends:
+            return cast("LendingHandler", self._handler)(calls, lend=lend)
+        self._handler(calls)
+        return None
