@@ -26,6 +26,12 @@ NOT_FOUND = Code.NOT_FOUND
 UNIMPLEMENTED = Code.UNIMPLEMENTED
 INTERNAL = Code.INTERNAL
 
+NO_PATH = (404, ("Not Found",))
+"""What REST answers where the path names no model, or a version that is no number."""
+NO_DATA = (400, ("must set only one of", "'data'", "'binary_data_size'", "But no field is set"))
+NO_SHAPE = (500, ("Unable to parse 'shape'",))
+NO_DATATYPE = (400, ("invalid datatype for input INPUT0",))
+
 ID = "r7"
 PREFIX = f"[request id: {ID}] "
 
@@ -40,6 +46,8 @@ class Case:
     """Whether the message begins with the request's id, as those of Triton's core do."""
     grpc_only: bool = False
     """Whether only gRPC's messages can be wrong in this way: typed contents, kinds of parameters."""
+    rest: tuple[int, tuple[str, ...]] | None = None
+    """The status and the facts over REST where they are not those of the code: REST has checks of its own."""
 
 
 def write_models(repository: Path) -> None:
@@ -144,14 +152,25 @@ def name_requests() -> list[Case]:
             ("Request for unknown model", "'nope' is not found"),
             NOT_FOUND,
         ),
-        Case("no model's name", ModelInferRequest, ("Request for unknown model", "'' is not found"), NOT_FOUND),
+        Case(
+            "no model's name",
+            ModelInferRequest,
+            ("Request for unknown model", "'' is not found"),
+            NOT_FOUND,
+            rest=NO_PATH,
+        ),
         Case("a version that is not served", version("9"), ("'simple'", "version 9 is not found"), NOT_FOUND),
         Case("version 0", version("0"), ("'simple'", "is not found"), NOT_FOUND),
-        Case("a version that is no number", version("abc"), ("version", "'abc'", "should be an integral value > 0")),
-        Case("a version with a fraction", version("1.0"), ("version", "'1.0'", "should be an integral value > 0")),
-        Case("a version with blanks", version(" 1"), ("version", "' 1'", "should be an integral value > 0")),
-        Case("a version in other digits", version("\uff11"), ("version", "should be an integral value > 0")),
-        Case("a negative version", version("-1"), ("invalid model version", "'-1'", "> 0")),
+        *(
+            Case(f"a version that is {what}", version(text), ("version", f"'{text}'", fact), rest=NO_PATH)
+            for what, text, fact in [
+                ("no number", "abc", "should be an integral value > 0"),
+                ("a fraction", "1.0", "should be an integral value > 0"),
+                ("blank in part", " 1", "should be an integral value > 0"),
+                ("in other digits", "\uff11", "should be an integral value > 0"),
+                ("negative", "-1", "> 0"),
+            ]
+        ),
         Case("a version beyond 64 bits", version("9" * 20), ("version", "should be an integral value > 0")),
         Case("a version of 5000 digits", version("9" * 5000), ("version", "should be an integral value > 0")),
     ]
@@ -196,6 +215,7 @@ def parameter_requests() -> list[Case]:
             "a reserved parameter that nobody knows",
             with_parameter("triton_magic", parameter(True)),
             ("triton_magic", "starting with 'triton_' are reserved", "triton_enable_empty_final_response"),
+            rest=(400, ("starting with 'triton_' are reserved", "should not be specified", "triton_magic")),
         ),
     ]
 
@@ -219,14 +239,15 @@ def data_requests() -> list[Case]:
 
     where = ("'INPUT0'", "'simple'")
     return [
-        Case("an input twice", spoiled(lambda r: r.inputs.append(r.inputs[1])),
+        Case("an input twice",
+             spoiled(lambda r: (r.inputs.append(r.inputs[1]), r.raw_input_contents.append(b"\0" * 64))),
              ("input 'INPUT1' already exists in request",), from_core=True),
         Case("contents beside raw data", spoiled(add_contents),
              ("contents field must not be specified when using raw_input_contents", *where), grpc_only=True),
         Case("no data at all", spoiled(lambda r: r.ClearField("raw_input_contents")),
-             ("unable to find data for input tensor", *where)),
+             ("unable to find data for input tensor", *where), rest=NO_DATA),
         Case("too few raw tensors", spoiled(lambda r: r.raw_input_contents.pop()),
-             ("unable to find data for input tensor", "'INPUT1'", "'simple'")),
+             ("unable to find data for input tensor", "'INPUT1'", "'simple'"), rest=NO_DATA),
         Case("contents of another type", spoiled(fill("int64_contents", [1] * 16), typed=True),
              ("unexpected explicit tensor data", *where, "of type 'INT64'", "expected datatype 'INT32'"),
              grpc_only=True),
@@ -324,15 +345,17 @@ def shape_requests() -> list[Case]:
         Case("a batch of none with data", spoiled(set_shape(0, 16)),
              ("byte size mismatch", "'INPUT0'", "'simple'", "64"), from_core=True),
         Case("a negative batch", spoiled(set_shape(-1, 16)),
-             ("dimensions should be specified for input 'INPUT0' for model 'simple'", "[-1,16]"), from_core=True),
+             ("dimensions should be specified for input 'INPUT0' for model 'simple'", "[-1,16]"), from_core=True,
+             rest=NO_SHAPE),
         Case("another data type", spoiled(set_first("datatype", "FP32")),
              ("'INPUT0' data-type is 'FP32', but model 'simple' expects 'INT32'",), from_core=True),
         Case("an unknown data type", spoiled(set_first("datatype", "INT31")),
-             ("'INPUT0' data-type is", "but model 'simple' expects 'INT32'"), from_core=True),
+             ("'INPUT0' data-type is", "but model 'simple' expects 'INT32'"), from_core=True, rest=NO_DATATYPE),
         Case("no data type", spoiled(set_first("datatype", "")),
-             ("'INPUT0' data-type is", "but model 'simple' expects 'INT32'"), from_core=True),
+             ("'INPUT0' data-type is", "but model 'simple' expects 'INT32'"), from_core=True, rest=NO_DATATYPE),
         Case("a negative dimension", spoiled(set_shape(1, -1)),
-             ("dimensions should be specified for input 'INPUT0' for model 'simple'", "[1,-1]"), from_core=True),
+             ("dimensions should be specified for input 'INPUT0' for model 'simple'", "[1,-1]"), from_core=True,
+             rest=NO_SHAPE),
         Case("another dimension", shape_of_first(1, 8),
              ("unexpected shape for input 'INPUT0' for model 'simple'", "[-1,16]", "[1,8]", "max_batch_size"),
              from_core=True),
@@ -367,8 +390,10 @@ def size_requests() -> list[Case]:
         Case("nothing of an impossible size", of_any((0, 2**63 - 1), b""), ("'X'", "'any'", "shape"), from_core=True),
         Case("nothing, a terabyte wide", of_any((2**40, 0), b""),
              ("'X'", "'any'", "no elements", f"[{2**40},0]", "65536"), from_core=True),
-        Case("the largest negative", of_any((-(2**63), -(2**63))), ("[-92233", "'X'", "'any'"), from_core=True),
-        Case("two negatives that make a positive", of_any((-2, -2)), ("[-2,-2]", "'X'", "'any'"), from_core=True),
+        Case("the largest negative", of_any((-(2**63), -(2**63))), ("[-92233", "'X'", "'any'"), from_core=True,
+             rest=NO_SHAPE),
+        Case("two negatives that make a positive", of_any((-2, -2)), ("[-2,-2]", "'X'", "'any'"), from_core=True,
+             rest=NO_SHAPE),
         Case("a text too few", text(element(b"one")),
              ("expected 2 string elements", "'X'", "'text'", "got 1"), from_core=True),
         Case("a text too many", text(element(b"one") * 3),

@@ -1,4 +1,4 @@
-"""Every refusal of an inference request: its code, its facts, and a server that goes on as if nothing had been."""
+"""Every refusal of an inference request, over gRPC and REST: its code, its facts, and a server that goes on as ever."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from itertools import combinations
 
 import pytest
 
+from protocol import rest_form
 from protocol.bad_requests import CASES, INVALID, NOT_FOUND, PREFIX, set_first, simple
 from sluice_proto.grpc_service_pb2 import InferParameter, ModelInferRequest
 from sluice_server.observability.statistics import Outcome
+from sluice_server.status import HTTP_CODES
 from support.requests import parameter
+
+REST_CASES = [case for case in CASES if not case.grpc_only]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -18,6 +22,17 @@ def test_a_request_with(case, refused):
     missing = [fact for fact in case.facts if fact not in message]
     assert not missing, f"{missing} not in: {message}"
     if case.from_core:
+        assert message.startswith(PREFIX), message
+
+
+@pytest.mark.parametrize("case", REST_CASES, ids=[case.name for case in REST_CASES])
+def test_a_rest_request_with(case, server):
+    answer = rest_form.post(server, case.request())
+    status, facts = case.rest or (HTTP_CODES[case.code], case.facts)
+    message = answer.json()["error"]
+    assert answer.status == status, message
+    assert [fact for fact in facts if fact not in message] == [], message
+    if case.from_core and not case.rest:
         assert message.startswith(PREFIX), message
 
 

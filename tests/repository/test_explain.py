@@ -35,6 +35,15 @@ def test_a_model_that_cannot_batch_is_told_with_the_tensor_that_keeps_it_from_it
     assert lines(None, scalar)[1] == "not batchable: input 'rate' is a scalar"
 
 
+def test_a_reshape_is_told_with_the_dims() -> None:
+    signature = GraphSignature((TensorSpec("X", "FP32", (-1, 2, 3)),), (TensorSpec("p", "FP32", (-1,)),))
+    text = 'max_batch_size: 4 input { name: "X" data_type: TYPE_FP32 dims: 6 reshape { shape: [ 2, 3 ] } }'
+    assert lines(text, signature)[2:4] == [
+        "input 'X': FP32 [6] reshaped to [2,3], from the configuration; the model file says [-1,2,3]",
+        "output 'p': FP32 [1] reshaped to [], filled in from the model file; the model file says [-1]",
+    ]
+
+
 def test_what_was_written_is_told_from_what_was_added() -> None:
     signature = GraphSignature(
         (TensorSpec("X", "FP32", (-1, -1)), TensorSpec("w", "FP32", (3,), optional=True)),

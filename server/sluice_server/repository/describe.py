@@ -60,6 +60,8 @@ def _tensors(
         model = format_shape(shapes[tensor.name])
         optional = ", optional" if isinstance(tensor, ModelInput) and tensor.optional else ""
         dims = format_shape(tensor.dims)
+        if tensor.HasField("reshape"):
+            dims += f" reshaped to {format_shape(tensor.reshape.shape)}"
         yield f"{kind} '{tensor.name}': {datatype} {dims}{optional}, {origin}; the model file says {model}"
     listed = {tensor.name for tensor in completed}
     for spec in specs:
