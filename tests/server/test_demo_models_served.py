@@ -240,10 +240,3 @@ def test_what_the_client_can_get_wrong_comes_back_as_its_own_exception(inputs, h
     assert not [fact for fact in facts if fact not in caught.value.message()], caught.value.message()
     check_row = golden_of("digits_mlp")["X"][:1]
     assert client.infer("digits_mlp", inputs_of(check_row)).as_numpy("probabilities").shape == (1, 10)
-
-
-def test_what_is_not_there_yet_is_refused_by_name(client):
-    for call in (client.get_trace_settings, client.get_log_settings):
-        with pytest.raises(triton.InferenceServerException, match="not implemented in this version") as caught:
-            call()
-        assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
