@@ -24,6 +24,7 @@ from loadtests.peers import (
     ECHO,
     GRPCIO,
     NATIVE,
+    REST,
     SHARED,
     EchoMeasurement,
     LoopMeasurement,
@@ -34,6 +35,7 @@ from loadtests.peers import (
 from loadtests.plan import BASE, MEMORY, PARTS, QUICK, Case, Plan
 from loadtests.processes import ServerFailed, ServerProcess
 from loadtests.procfs import read_rss_bytes
+from loadtests.rest import RestMeasurement
 from loadtests.results import Goal, Memory, Row, goals
 from loadtests.shared_memory import SharedMeasurement, registered
 from sluice_server.open_files import raise_limit
@@ -43,6 +45,7 @@ FLAGS = {
     GRPCIO: (TransportChoice.GRPCIO,),
     NATIVE: (TransportChoice.NATIVE,),
     SHARED: (TransportChoice.NATIVE, "--allow-client-shm"),
+    REST: (TransportChoice.NATIVE,),
 }
 """What --transport is for each of ours, and what other flags it has."""
 
@@ -123,6 +126,8 @@ def _measurement(
     if case.who == SHARED:
         shared = stack.enter_context(registered(model, server))
         return SharedMeasurement(model, server, case.load, scratch, shared)
+    if case.who == REST:
+        return RestMeasurement(model, server, case.load, scratch)
     return SluiceMeasurement(case.who, model, server, case.load, scratch)
 
 

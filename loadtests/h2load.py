@@ -1,4 +1,4 @@
-"""Runs h2load, the load generator of nghttp2, with one fixed gRPC request, and reads what it measured.
+"""Runs h2load, the load generator of nghttp2, with one fixed request, gRPC's or REST's, and reads what it measured.
 
 h2load knows nothing of gRPC: it counts every HTTP 200 as a success, also one whose grpc-status is an error. Such an
 answer has no body, so the bytes of the bodies, which h2load counts too, tell the two apart.
@@ -47,6 +47,23 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """What is sent over and over, and how many bytes the body of each right answer has."""
+
+    path: str
+    body: bytes
+    headers: tuple[str, ...]
+    answer_bytes: int
+    http1: bool = False
+
+
+def grpc_request(method: str, message: bytes, reply_bytes: int) -> Request:
+    """A unary call of a method (`service/name`), whose reply is a message of this length."""
+    headers = ("content-type: application/grpc", "te: trailers")
+    return Request(method, frame(message), headers, GRPC_PREFIX_BYTES + reply_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What h2load prints at its end."""
 
@@ -80,8 +97,8 @@ def frame(message: bytes) -> bytes:
     return b"\x00" + len(message).to_bytes(4, "big") + message
 
 
-def command(program: str, port: int, method: str, load: Load, requests: int, body: Path, log: Path) -> list[str]:
-    """The command line for this many requests to the gRPC method (`service/name`) on this port of this machine."""
+def command(program: str, port: int, request: Request, load: Load, requests: int, body: Path, log: Path) -> list[str]:
+    """The command line for this many requests to this port of this machine."""
     return [
         program,
         f"--requests={requests}",
@@ -89,10 +106,10 @@ def command(program: str, port: int, method: str, load: Load, requests: int, bod
         f"--max-concurrent-streams={load.streams}",
         "--threads=1",
         f"--data={body}",
-        "--header=content-type: application/grpc",
-        "--header=te: trailers",
+        *(f"--header={header}" for header in request.headers),
+        *(["--h1"] if request.http1 else []),
         f"--log-file={log}",
-        f"http://127.0.0.1:{port}/{method}",
+        f"http://127.0.0.1:{port}/{request.path}",
     ]
 
 
@@ -129,25 +146,25 @@ def steady_rate(ends_us: Sequence[int], in_flight: int, elapsed_s: float) -> flo
     return counted / max(1, ends_us[-1 - in_flight] - ends_us[in_flight - 1]) * 1e6
 
 
-def check(report: Report, requests: int, reply_bytes: int) -> None:
-    """Raise LoadError unless all requests were answered with a message of this length."""
+def check(report: Report, requests: int, answer_bytes: int) -> None:
+    """Raise LoadError unless all requests were answered with a body of this length."""
     if report.succeeded != requests or report.total != requests:
         raise LoadError(f"{report.succeeded} of {requests} requests were answered with HTTP 200")
-    expected = requests * (GRPC_PREFIX_BYTES + reply_bytes)
+    expected = requests * answer_bytes
     if report.data_bytes != expected:
         raise LoadError(
             f"the answers have {report.data_bytes} bytes instead of {expected}: some requests failed with a grpc-status"
         )
 
 
-def run(port: int, method: str, message: bytes, reply_bytes: int, load: Load, requests: int, scratch: Path) -> Measured:
-    """Send the message this often and measure; LoadError unless each answer has `reply_bytes`. Writes to `scratch`."""
+def run(port: int, request: Request, load: Load, requests: int, scratch: Path) -> Measured:
+    """Send the request this often and measure; LoadError unless each answer has its length. Writes to `scratch`."""
     body, log = scratch / "body.bin", scratch / "requests.log"
-    body.write_bytes(frame(message))
+    body.write_bytes(request.body)
     log.unlink(missing_ok=True)  # h2load appends
     before_s = _children_cpu_s()
     done = subprocess.run(
-        command(find(), port, method, load, requests, body, log),
+        command(find(), port, request, load, requests, body, log),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -157,7 +174,7 @@ def run(port: int, method: str, message: bytes, reply_bytes: int, load: Load, re
     if done.returncode:
         raise LoadError(f"h2load ended with exit code {done.returncode}: {done.stderr or done.stdout}")
     report = parse_report(done.stdout)
-    check(report, requests, reply_bytes)
+    check(report, requests, request.answer_bytes)
     with log.open() as lines:
         ends_us, latencies_us = parse_log(lines)
     p50_us, p99_us = quantile(latencies_us, 0.5), quantile(latencies_us, 0.99)

@@ -25,6 +25,7 @@ from sluice_client import Client
 GRPCIO = "sluice on grpcio"
 NATIVE = "sluice on native"
 SHARED = "native, shared memory"
+REST = "native, REST binary"
 ECHO = "bare grpcio echo"
 LOOP = "bare ONNX Runtime loop"
 
@@ -96,7 +97,7 @@ class ServerMeasurement(Measurement):
         before = self.counters()
         reply = self._probe()
         cpu_started_s = read_cpu_s(self._server.pid)
-        done = h2load.run(self._server.port, METHOD, self.model.request, len(reply), self._load, count, self._scratch)
+        done = self.load_with(reply, count)
         cpu_s = read_cpu_s(self._server.pid) - cpu_started_s
         self._probe()
         mean_batch_rows = mean_batch(before, self.counters(), requests=count + 2)  # the probes are requests too
@@ -110,9 +111,18 @@ class ServerMeasurement(Measurement):
         )
 
     def _probe(self) -> bytes:
-        reply = probe(self._server.port, self.model)
+        reply = self.ask()
         self.check_reply(reply)
         return reply
+
+    def ask(self) -> bytes:
+        """The answer to one request."""
+        return probe(self._server.port, self.model)
+
+    def load_with(self, reply: bytes, requests: int) -> h2load.Measured:
+        """Send so many requests with h2load, all of which are to be answered as this one was."""
+        request = h2load.grpc_request(METHOD, self.model.request, len(reply))
+        return h2load.run(self._server.port, request, self._load, requests, self._scratch)
 
     @abstractmethod
     def check_reply(self, reply: bytes) -> None:

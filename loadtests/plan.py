@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
-from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SHARED
+from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ def _cases(model: str, load: Load, *whos: str) -> tuple[Case, ...]:
     return tuple(Case(model, who, None if who == LOOP else load) for who in whos)
 
 
-LONE, BASE, BUSY, CROWD = Load(1, 1), Load(2, 16), Load(4, 32), Load(1000, 1)
+LONE, BASE, BUSY, CROWD, APART = Load(1, 1), Load(2, 16), Load(4, 32), Load(1000, 1), Load(32, 1)
 LARGE, LARGER, IMAGES = Load(4, 16), Load(4, 25), Load(2, 4)
 
 MEMORY = "memory"
@@ -33,6 +33,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "large": _cases("large_mlp", LARGE, GRPCIO, NATIVE, LOOP) + _cases("large_mlp", LARGER, GRPCIO, NATIVE),
     "images": _cases("images", IMAGES, GRPCIO, NATIVE, SHARED),
     "crowd": _cases("identity", BASE, NATIVE) + _cases("identity", CROWD, NATIVE),
+    "rest": _cases("identity", APART, NATIVE, REST),
     MEMORY: (),
 }
 """Each part has everything in it that its goals compare."""
@@ -55,7 +56,7 @@ class Plan:
         """The rows to measure with our transports that there are; what two parts share is measured once."""
         measurable = {*transports, ECHO, LOOP}
         if NATIVE in measurable:
-            measurable.add(SHARED)
+            measurable |= {SHARED, REST}
         found = dict.fromkeys(case for part in self.parts for case in PARTS[part])
         return [case for case in found if case.who in measurable]
 

@@ -7,7 +7,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -32,6 +32,8 @@ class ServerProcess:
 
     pid: int
     port: int
+    http_port: int = 0
+    """Where it answers REST, if it does."""
 
 
 def free_port() -> int:
@@ -46,12 +48,11 @@ def free_port() -> int:
 def sluice(repository: Path, scratch: Path, transport: str, *more: str) -> Iterator[ServerProcess]:
     """`sluice serve` on this model repository and one of its transports, as a user would run it, with `more` flags."""
     program = Path(sysconfig.get_path("scripts")) / "sluice"
-    port = free_port()
-    flags = [f"--model-repository={repository}", f"--grpc-port={port}", "--http-port=0", "--metrics-port=0", *more]
-    with _running(
-        [str(program), "serve", f"--transport={transport}", *flags], port, scratch / f"sluice-{port}.log"
-    ) as server:
-        yield server
+    port, http_port = free_port(), free_port()
+    listen = [f"--grpc-port={port}", f"--http-port={http_port}", "--metrics-port=0"]
+    command = [str(program), "serve", f"--transport={transport}", f"--model-repository={repository}", *listen, *more]
+    with _running(command, port, scratch / f"sluice-{port}.log") as server:
+        yield replace(server, http_port=http_port)
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
-from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SHARED, Sample
-from loadtests.plan import BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE
+from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, Sample
+from loadtests.plan import APART, BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE
 from loadtests.summary import Summary, summarize
 
 
@@ -124,6 +124,8 @@ TARGETS = (
            Key("images", NATIVE, IMAGES), Key("images", GRPCIO, IMAGES), 2, at_least=True),
     Target("600 KB images, 2 x 4: requests/s, in shared memory over in messages, on native", _rate,
            Key("images", SHARED, IMAGES), Key("images", NATIVE, IMAGES), 2, at_least=True),
+    Target("identity, 32 x 1: requests/s, REST over gRPC, on native", _rate,
+           Key("identity", REST, APART), Key("identity", NATIVE, APART), 0.3, at_least=True),
     Target("identity, 1000 x 1: requests/s, native over its own 2 x 16", _rate,
            Key("identity", NATIVE, CROWD), _IDENTITY, 0.6, at_least=True),
     # 0.90 leaves the rest for transport, queue, gather and scatter on the other core.

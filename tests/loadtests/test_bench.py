@@ -15,7 +15,8 @@ from loadtests.h2load import LoadError
 from loadtests.models import THREADS, generate
 from loadtests.ort_loop import measure, open_session
 from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SluiceMeasurement, probe
-from loadtests.plan import CROWD, IMAGES, Plan
+from loadtests.plan import APART, CROWD, IMAGES, Plan
+from loadtests.rest import RestMeasurement
 from loadtests.shared_memory import SharedMeasurement, registered
 from sluice_server.open_files import raise_limit
 from sluice_server.transport.choice import native_problem
@@ -87,6 +88,18 @@ def test_tensors_in_shared_memory_come_through_and_are_looked_at(transport: str,
                 images.check_reply(reply)
         with pytest.raises(grpc.RpcError, match="Unable to find shared memory region"):
             probe(server.port, images.model)
+
+
+@needs_h2load
+def test_rest_comes_through_and_its_tensors_are_looked_at(transport: str, tmp_path: Path) -> None:
+    model = generate("identity", tmp_path / "models")
+    with processes.sluice(tmp_path / "models", tmp_path, transport) as server:
+        rest = RestMeasurement(model, server, APART, tmp_path)
+        assert rest.send(2 * APART.in_flight).requests_per_s > 0
+        reply = rest.ask()
+        rest.check_reply(reply)
+        with pytest.raises(LoadError, match="not what ONNX Runtime gives"):
+            rest.check_reply(reply[:-64] + bytes(64))
 
 
 def test_without_h2load_it_says_how_to_install_it(
