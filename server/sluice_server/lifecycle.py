@@ -36,7 +36,8 @@ from sluice_server.protocol.rpcs import EXTENSIONS, SERVICE, ServerIdentity, rpc
 from sluice_server.protocol.shared_memory import SharedMemory
 from sluice_server.protocol.trace_settings import TraceSettings
 from sluice_server.repository.layout import Repositories
-from sluice_server.repository.manager import ModelManager
+from sluice_server.repository.manager import ControlMode, ModelManager
+from sluice_server.repository.poller import Poller
 from sluice_server.security.control import ControlPolicy
 from sluice_server.status import StatusMapper
 from sluice_server.transport.certificates import check_tls
@@ -101,6 +102,7 @@ class Server:
             load_threads=settings.models.load_threads,
             on_readiness=self._set_serving,
         )
+        self._poller = Poller(self.manager.poll, settings.models.poll_interval_s)
         control = ControlPolicy(allow_any=settings.allow_any_control)
         regions = SharedMemory(RegionTable() if settings.allow_client_shm else None, control)
         rpcs = self._create_rpcs(control, regions)
@@ -181,6 +183,8 @@ class Server:
                 " start with --exit-on-error=false to serve the other models"
             )
         self.transport.start()
+        if self._settings.models.control_mode is ControlMode.POLL:
+            self._poller.start()
         # What is loaded by now lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -199,6 +203,7 @@ class Server:
     def stop(self) -> bool:
         """Finish what was accepted and end; False when time ran out before everything was answered."""
         until = time.monotonic() + self._settings.exit_timeout_s
+        self._poller.stop()
         # A stream on which nothing is due must not hold the end of the server.
         self._dispatcher.stop()
         self._rest.stop()
@@ -206,7 +211,8 @@ class Server:
         self._health.stop()
         self._reflection.stop()
         self.transport.stop(self._settings.exit_timeout_s)
-        finished = self.manager.stop(max(LAST_LOOK_S, until - time.monotonic()))
+        finished = self._poller.join(max(LAST_LOOK_S, until - time.monotonic()))
+        finished &= self.manager.stop(max(LAST_LOOK_S, until - time.monotonic()))
         finished &= self._end_slow_calls(max(LAST_LOOK_S, until - time.monotonic()))
         self._timer.stop()
         self._http.stop()

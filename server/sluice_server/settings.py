@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sluice_server.flag_values import SettingsError, port, switch, whole
+from sluice_server.flag_values import SettingsError, port, positive, switch, whole
 from sluice_server.observability.logs import LogOptions
 from sluice_server.observability.trace_control import TraceConfig
 from sluice_server.repository.manager import ControlMode
@@ -52,6 +52,7 @@ class ModelSettings:
     repositories: tuple[Path, ...]
     control_mode: ControlMode = ControlMode.NONE
     load_models: tuple[str, ...] = ()
+    poll_interval_s: float = 15.0
     load_threads: int = 4
     auto_complete: bool = True
     default_max_batch_size: int = MAX_BATCH_DEFAULT
@@ -115,7 +116,6 @@ REFUSED: dict[str, str] = {
     "--rate-limit": "the rate limiter is not there yet",
     "--rate-limit-resource": "the rate limiter is not there yet",
     "--repoagent-directory": "repository agents are not there",
-    "--repository-poll-secs": "the control mode 'poll' is not there yet",
     "--response-cache-byte-size": "the response cache is not there yet",
     "--reuse-http-port": "HTTP ports are not shared",
     "--sagemaker-port": "the SageMaker front end is not there",
@@ -173,8 +173,11 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--model-repository", "--model-store", action="append", type=Path, required=True, metavar="DIR",
         help="a folder of models in Triton's layout; may be given several times")  # fmt: skip
-    add("--model-control-mode", choices=[*ControlMode, "poll"], default=ControlMode.NONE,
-        help="none: load everything at start; explicit: load --load-model and what load calls ask for")  # fmt: skip
+    add("--model-control-mode", choices=[*ControlMode], default=ControlMode.NONE,
+        help="none: load everything at start; poll: and follow changes; explicit: load --load-model and what load"
+        " calls ask for")  # fmt: skip
+    add("--repository-poll-secs", type=positive, default=15, metavar="S",
+        help="in mode poll: how often to look for changes (%(default)s)")  # fmt: skip
     add("--load-model", action="append", default=[], metavar="NAME",
         help="in explicit mode: load this model at start, * for all; may be given several times")  # fmt: skip
     add("--model-load-thread-count", type=whole, default=4, metavar="N", help="models loaded at the same time")
@@ -230,10 +233,8 @@ def _add_log_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
-    if args.model_control_mode == "poll":
-        raise SettingsError("--model-control-mode=poll is not implemented here yet: use none or explicit")
     if args.load_model and args.model_control_mode != ControlMode.EXPLICIT:
-        raise SettingsError("--load-model needs --model-control-mode=explicit: mode none loads every model")
+        raise SettingsError("--load-model needs --model-control-mode=explicit: the other modes load every model")
     if not args.allow_grpc:
         raise SettingsError(
             "--allow-grpc=false is not implemented here: gRPC is always served; --grpc-address=127.0.0.1 hides it"
@@ -243,6 +244,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
             repositories=tuple(args.model_repository),
             control_mode=ControlMode(args.model_control_mode),
             load_models=tuple(args.load_model),
+            poll_interval_s=float(args.repository_poll_secs),
             load_threads=max(1, args.model_load_thread_count),
             auto_complete=not args.disable_auto_complete_config,
             default_max_batch_size=_default_max_batch_size(args.backend_config),

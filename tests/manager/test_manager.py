@@ -164,7 +164,7 @@ def test_a_reload_that_fails_leaves_the_old_one_and_is_tried_again(world):
     directory = write(world.root, "m", (1, 2), "version_policy { all {} }")
     world.manager.load("m")
     old = [world.served("m", "1"), world.served("m", "2")]
-    (directory / "2" / "model.onnx").write_bytes(b"changed")
+    (directory / "labels.txt").write_text("both versions have it")
     world.loader.errors["m/2"] = ModelLoadError("it does not fit", model="m")
     with pytest.raises(InvalidArgument, match="load failed for model 'm': version 2 is at UNAVAILABLE state: Invalid"):
         world.manager.load("m")
@@ -177,6 +177,21 @@ def test_a_reload_that_fails_leaves_the_old_one_and_is_tried_again(world):
     world.loader.errors.clear()
     world.manager.load("m")
     assert world.served("m", "2") not in old
+
+
+def test_a_reload_keeps_the_versions_of_which_nothing_has_changed(world):
+    directory = write(world.root, "m", (1, 2), "version_policy { all {} }")
+    world.manager.load("m")
+    first, second = world.served("m", "1"), world.served("m", "2")
+    (directory / "2" / "model.onnx").write_bytes(b"changed")
+    write(world.root, "m", (3,))
+    world.manager.load("m")
+    assert world.served("m", "1") is first
+    assert not first.draining
+    assert second.draining
+    assert world.served("m", "2") is not second
+    assert world.loader.loads == [("m", 1), ("m", 2), ("m", 2), ("m", 3)]
+    assert [state for _, state, _ in world.index("m")] == ["READY"] * 3
 
 
 def test_a_reload_may_take_versions_away_and_bring_others(world):

@@ -53,7 +53,12 @@ class ModelDirectory:
 
     def fingerprint(self) -> Fingerprint:
         """Say what is in the directory now, so that a later call can tell whether it changed; links are followed."""
-        return tuple(sorted(_walk(self.path, "", frozenset())))
+        return fingerprint(self.path)
+
+    def of_version(self, whole: Fingerprint, version: int) -> Fingerprint:
+        """What of the directory's fingerprint concerns a version: its own files, and what all versions share."""
+        others = {str(number) for number in self.versions if number != version}
+        return tuple(item for item in whole if item[0].partition("/")[0] not in others)
 
 
 class Repositories:
@@ -82,6 +87,10 @@ class Repositories:
                 models.setdefault(entry.name, []).append(repository / entry.name)
         return {name: tuple(models[name]) for name in sorted(models)}
 
+    def fingerprints(self) -> dict[str, tuple[tuple[Path, Fingerprint], ...]]:
+        """Say what is in all directories of each model now, so that a later call can tell which have changed."""
+        return {name: tuple((path, fingerprint(path)) for path in paths) for name, paths in self.scan().items()}
+
     def find(self, name: str) -> ModelDirectory:
         """Give a model's directory.
 
@@ -97,6 +106,11 @@ class Repositories:
             where = " and ".join(f"'{path}'" for path in places)
             raise ConfigError(f"model '{name}' is in several model repositories: {where}; keep one", model=name)
         return read_directory(name, places[0])
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """Say what is in a directory now; links are followed."""
+    return tuple(sorted(_walk(path, "", frozenset())))
 
 
 def check_model_name(name: str) -> None:

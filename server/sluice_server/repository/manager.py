@@ -2,11 +2,16 @@
 
 States of a version: LOADING -> READY -> UNLOADING -> UNAVAILABLE("unloaded"), or LOADING -> UNAVAILABLE(reason).
 A loaded model is replaced by loading the new one beside the old and swapping the two in one assignment; the old one
-then drains, so that no request is lost. When the new one fails, the old one goes on.
+then drains, so that no request is lost. When the new one fails, the old one goes on. A version of which nothing has
+changed on disk is kept as it is.
+
+Mode poll: `poll` is one look at the repositories. A model that is new, changed or gone is loaded or unloaded once two
+looks in a row have found the same, so that what is being copied is left alone; one that fails is tried again when it
+has changed again.
 
 Locks: `_Entry.loading` serialises loads and unloads of one model and is held for as long as they take;
 `ModelManager._lock` guards the table of entries and is held for look-ups and assignments only. `_served` is replaced
-as a whole and never changed, so `find` reads it without a lock.
+as a whole and never changed, so `find` reads it without a lock. `poll` is for one thread.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
 
     from sluice_proto.model_config_pb2 import ModelConfig
     from sluice_server.execution.model import ServedModel
-    from sluice_server.repository.layout import ModelDirectory, Repositories
+    from sluice_server.repository.layout import Fingerprint, ModelDirectory, Repositories
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +55,7 @@ class ControlMode(enum.StrEnum):
     """`--model-control-mode`: what is loaded at start, and whether load and unload calls are taken."""
 
     NONE = "none"
+    POLL = "poll"
     EXPLICIT = "explicit"
 
 
@@ -92,6 +98,8 @@ class _Version:
     state: State
     reason: str = ""
     model: ServedModel | None = None
+    files: Hashable = None
+    """What of the disk it was loaded from; None when a load call brought it along."""
 
 
 class _Entry:
@@ -117,6 +125,14 @@ class _Entry:
                 self.versions[number] = _Version(State.UNAVAILABLE, UNLOADED)
         self.fingerprint = None
         return leaving
+
+    def unchanged(self, files: Mapping[int, Hashable]) -> dict[int, _Version]:
+        """The served versions of which the same is on disk as what they were loaded from."""
+        return {
+            number: item
+            for number, item in self.versions.items()
+            if item.model is not None and item.files is not None and item.files == files.get(number)
+        }
 
     def all_ready(self) -> bool:
         return bool(self.versions) and all(item.state is State.READY for item in self.versions.values())
@@ -146,6 +162,8 @@ class ModelManager:
         self._entries: dict[str, _Entry] = {}
         self._served: dict[tuple[str, str], ServedModel] = {}
         self._retiring: set[ServedModel] = set()
+        self._seen: Mapping[str, Hashable] = {}
+        self._followed: dict[str, Hashable] = {}
         self._started = False
         self._draining = False
 
@@ -233,19 +251,49 @@ class ModelManager:
         From when `should_stop` says so, no further load is begun.
         """
         names = set(load_models)
-        if self._mode is ControlMode.NONE or LOAD_ALL in names:
+        if self._mode is ControlMode.POLL:
+            self._seen = self._repositories.fingerprints()
+            self._followed = dict(self._seen)
+            names = set(self._seen)
+        elif self._mode is ControlMode.NONE or LOAD_ALL in names:
             names = set(self._repositories.scan())
-
-        def load(name: str) -> bool:
-            return should_stop() or self._load_at_start(name)
-
-        with ThreadPoolExecutor(self._load_threads, thread_name_prefix="load") as pool:
-            failed = [name for name, ok in zip(sorted(names), pool.map(load, sorted(names)), strict=True) if not ok]
+        failed = self._load_all(names, should_stop)
         self._started = not should_stop()
         self._tell("", self.server_ready)
         return failed
 
-    def _load_at_start(self, name: str) -> bool:
+    def poll(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Look at the repositories, and follow what has changed since the start and the last call; never raises.
+
+        From when `should_stop` says so, no further load is begun.
+        """
+        try:
+            found = self._repositories.fingerprints()
+        except SluiceError as error:  # what is served goes on
+            logger.error("the model repository cannot be read", extra={"reason": str(error)})
+            return
+        known = {*self._followed, *found}
+        settled = {name for name in known if found.get(name) == self._seen.get(name)}
+        changed = {name for name in settled if found.get(name) != self._followed.get(name)}
+        self._seen = found
+        if not changed:
+            return
+        for name in changed - set(found):
+            del self._followed[name]
+            self._unload(name)
+        loading = changed & set(found)
+        self._followed |= {name: found[name] for name in loading}
+        self._load_all(loading, should_stop)
+        self._tell("", self.server_ready)
+
+    def _load_all(self, names: set[str], should_stop: Callable[[], bool]) -> list[str]:
+        def load(name: str) -> bool:
+            return should_stop() or self._load_or_log(name)
+
+        with ThreadPoolExecutor(self._load_threads, thread_name_prefix="load") as pool:
+            return [name for name, ok in zip(sorted(names), pool.map(load, sorted(names)), strict=True) if not ok]
+
+    def _load_or_log(self, name: str) -> bool:
         try:
             self._load(name, Override())
         except SluiceError as error:
@@ -277,6 +325,10 @@ class ModelManager:
     def unload(self, name: str) -> None:
         """Stop serving a model; returns at once, accepted requests are still answered. An unknown name is no error."""
         self._require_explicit()
+        self._unload(name)
+        self._tell("", self.server_ready)
+
+    def _unload(self, name: str) -> None:
         with self._lock:
             entry = self._entries.get(name)
         if entry is None:
@@ -288,7 +340,6 @@ class ModelManager:
             self._tell(name, False)
             for number, model in leaving.items():
                 self._retire(model, entry, number)
-        self._tell("", self.server_ready)
 
     def drain(self) -> None:
         """The server is ending: it is no longer ready, and its models take nothing new but finish what they have."""
@@ -354,10 +405,12 @@ class ModelManager:
                 return
             if config is None and directory.config_path is not None:
                 config = read_config(directory.config_path)
-            self._load_versions(entry, directory, config)
+            self._load_versions(entry, directory, config, fingerprint)
             entry.fingerprint = fingerprint
 
-    def _load_versions(self, entry: _Entry, directory: ModelDirectory, config: ModelConfig | None) -> None:
+    def _load_versions(
+        self, entry: _Entry, directory: ModelDirectory, config: ModelConfig | None, fingerprint: Fingerprint | None
+    ) -> None:
         name = directory.name
         policy = config.version_policy if config is not None else None
         numbers = select(policy, directory.versions)
@@ -366,23 +419,15 @@ class ModelManager:
                 f"load failed for model '{name}': at least one version must be available under the version policy of"
                 f" model '{name}', and {directory.path.name} has {list(directory.versions) or 'none'}"
             )
+        files = {} if fingerprint is None else {number: directory.of_version(fingerprint, number) for number in numbers}
         with self._lock:
             replacing = bool(entry.served())
             if not replacing:
                 entry.versions = {number: _Version(State.LOADING) for number in numbers}
+            kept = entry.unchanged(files)
         loaded: dict[int, ServedModel] = {}
-        failed: dict[int, str] = {}
         try:
-            for number in numbers:
-                try:
-                    loaded[number] = self._loader(directory, number, config)
-                except ModelLoadError as error:
-                    failed[number] = error.reason
-                except SluiceError as error:
-                    if isinstance(error, ConfigError):
-                        raise
-                    family = "Invalid argument" if isinstance(error, InvalidArgument) else "Internal"
-                    failed[number] = f"{family}: {error}"
+            failed = self._load_each(directory, [number for number in numbers if number not in kept], config, loaded)
             if not (failed and replacing):
                 for model in loaded.values():
                     model.start()
@@ -393,10 +438,35 @@ class ModelManager:
         if failed and replacing:
             self._give_up(entry, loaded, failed, replacing=True)
         else:
-            self._swap(name, entry, loaded, failed)
+            fresh = {
+                **{number: _Version(State.READY, "", model, files.get(number)) for number, model in loaded.items()},
+                **{number: _Version(State.UNAVAILABLE, text) for number, text in failed.items()},
+            }
+            self._swap(name, entry, kept, fresh)
         if failed:
             reasons = "".join(f"version {number} is at UNAVAILABLE state: {text};\n" for number, text in failed.items())
             raise InvalidArgument(f"load failed for model '{name}': {reasons}")
+
+    def _load_each(
+        self,
+        directory: ModelDirectory,
+        numbers: list[int],
+        config: ModelConfig | None,
+        loaded: dict[int, ServedModel],
+    ) -> dict[int, str]:
+        """Put versions into `loaded`; gives the reasons of those that failed."""
+        failed: dict[int, str] = {}
+        for number in numbers:
+            try:
+                loaded[number] = self._loader(directory, number, config)
+            except ModelLoadError as error:
+                failed[number] = error.reason
+            except SluiceError as error:
+                if isinstance(error, ConfigError):
+                    raise
+                family = "Invalid argument" if isinstance(error, InvalidArgument) else "Internal"
+                failed[number] = f"{family}: {error}"
+        return failed
 
     def _give_up(
         self, entry: _Entry, loaded: dict[int, ServedModel], reasons: dict[int, str], *, replacing: bool
@@ -408,18 +478,19 @@ class ModelManager:
             with self._lock:
                 entry.versions = {number: _Version(State.UNAVAILABLE, text) for number, text in reasons.items()}
 
-    def _swap(self, name: str, entry: _Entry, loaded: dict[int, ServedModel], failed: dict[int, str]) -> None:
+    def _swap(self, name: str, entry: _Entry, kept: dict[int, _Version], fresh: dict[int, _Version]) -> None:
+        """Put fresh versions into the place of all but those that are kept."""
         with self._lock:
-            old = entry.served()
-            entry.versions = {
-                **{number: _Version(State.READY, "", model) for number, model in loaded.items()},
-                **{number: _Version(State.UNAVAILABLE, text) for number, text in failed.items()},
-                **{number: _Version(State.UNLOADING) for number in old if number not in loaded},
-            }
+            old = {number: model for number, model in entry.served().items() if number not in kept}
+            leaving = {number: _Version(State.UNLOADING) for number in old}
+            entry.versions = {**leaving, **kept, **fresh}
             self._rebuild()
-        for number, model in sorted(loaded.items()):
-            logger.info("model is ready", extra={"model": name, "version": number, **model.properties})
-        self._tell(name, bool(loaded))
+            serves = bool(entry.served())
+        for number, item in sorted(fresh.items()):
+            if item.model is not None:
+                extra = {"model": name, "version": number, **item.model.properties}
+                logger.info("model is ready", extra=extra)
+        self._tell(name, serves)
         for number, model in old.items():
             self._retire(model, entry, number)
 
