@@ -21,7 +21,7 @@ from sluice_server.protocol.rest import Exchange, HttpAnswer, plain_error, refus
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
 
-    from sluice_server.http.connection import HttpConnection
+    from sluice_server.http.connection import HttpConnection, OneWrite
     from sluice_server.status import StatusMapper
 
     Scope = MutableMapping[str, Any]
@@ -83,7 +83,7 @@ class HttpExchange(Exchange):
         """Have a step called on the event loop; from any thread."""
         self._front.post(step)
 
-    async def send(self, answer: HttpAnswer, send: Send) -> None:
+    async def send(self, answer: HttpAnswer, send: Send, output: OneWrite) -> None:
         """Send the answer, compressed as the client wants it."""
         parts = answer.parts
         headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers]
@@ -97,11 +97,19 @@ class HttpExchange(Exchange):
             parts, size_bytes = (packed,), len(packed)
             headers.append((b"content-encoding", encoding.encode()))
         headers.append((b"content-length", b"%d" % size_bytes))
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        pieces = [b"".join(parts)] if size_bytes <= JOINED_BYTES_MAX else list(parts)
-        for piece in pieces[:-1]:
+        start = {"type": "http.response.start", "status": answer.status, "headers": headers}
+        if size_bytes <= JOINED_BYTES_MAX:
+            output.keep()
+            try:
+                await send(start)
+                await send({"type": "http.response.body", "body": b"".join(parts), "more_body": False})
+            finally:
+                output.flush()
+            return
+        await send(start)
+        for piece in parts[:-1]:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": pieces[-1], "more_body": False})
+        await send({"type": "http.response.body", "body": parts[-1], "more_body": False})
 
 
 class HttpFront:
@@ -128,7 +136,7 @@ class HttpFront:
             await self._receive(exchange, receive)
             answer = await exchange.answered
             if answer is not None:
-                await exchange.send(answer, send)
+                await exchange.send(answer, send, connection.output)
         finally:
             connection.on_lost = None
             self._held_bytes -= exchange.held_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -24,6 +24,41 @@ class HeadTooLarge(ValueError):
     """A request's path and headers are above the bound; the connection ends."""
 
 
+class OneWrite:
+    """A transport that can keep what is written for one system call: an answer's head and its body."""
+
+    __slots__ = ("_pieces", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._pieces: list[bytes] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def keep(self) -> None:
+        """Keep what is written from here on, until `flush`."""
+        self._pieces = []
+
+    def write(self, data: bytes) -> None:
+        """Write, now or with the rest."""
+        if self._pieces is None:
+            self._transport.write(data)
+        else:
+            self._pieces.append(data)
+
+    def flush(self) -> None:
+        """Write what was kept."""
+        pieces, self._pieces = self._pieces, None
+        if pieces:
+            self._transport.write(b"".join(pieces))
+
+    def close(self) -> None:
+        """Close behind everything that was written."""
+        self.flush()
+        self._transport.close()
+
+
 class HttpConnection(HttpToolsProtocol):
     """A connection that ends when a head is too large, or what is to follow takes too long.
 
@@ -37,6 +72,11 @@ class HttpConnection(HttpToolsProtocol):
     _in_head = False
     _in_body = False
     _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The beginning."""
+        self.output = OneWrite(transport)
+        super().connection_made(cast("asyncio.Transport", self.output))
 
     def on_message_begin(self) -> None:
         """A request begins."""
