@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -255,3 +256,17 @@ def test_in_mode_opentelemetry_the_settings_choose_and_a_sampled_caller_is_alway
     assert f"{7:032x}" in {span.trace_id.hex() for span in requests}
     assert attributes_of(requests[0].attributes)["sluice.model.name"] == "a"
     assert collector.resource["service.name"] == "mine"
+
+
+def test_requests_over_rest_are_traced_with_the_moments_of_http(traced):
+    server, file = traced
+    told(server, trace_level=["TIMESTAMPS"], trace_rate=["1"])
+    body = {"inputs": [{"name": "X", "shape": [1, 2], "datatype": "FP32", "data": [1, 2]}]}
+    url = f"http://127.0.0.1:{server.server.http_port}/v2/models/a/infer"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=10) as answer:
+        assert answer.status == 200
+    server.close()
+    (trace,) = traces(file).values()
+    assert [moment["name"] for moment in trace["timestamps"]] == [
+        name.replace("GRPC_WAITREAD", "HTTP_RECV").replace("GRPC", "HTTP") for name in MOMENTS
+    ]
