@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
-from sluice_server.http.app import metrics_app
+from sluice_server.http.app import HttpFront, Metrics
 from sluice_server.http.server import HttpListener
-from sluice_server.status import Code
+from sluice_server.status import Code, StatusMapper
 from sluice_server.transport import ListenError
 from sluice_server.transport.grpcio import GrpcioTransport
 from sluice_server.transport.listening import check_address
@@ -78,7 +78,7 @@ def test_a_port_in_use_is_refused_with_its_number(taken):
     with pytest.raises(ListenError, match=f"127.0.0.1:{taken} for gRPC: Address already in use"):
         transport_at(f"127.0.0.1:{taken}").start()
     with pytest.raises(ListenError, match=f"127.0.0.1:{taken} for HTTP: Address already in use"):
-        HttpListener(metrics_app(bytes), "127.0.0.1", taken).bind()
+        HttpListener(HttpFront(Metrics(bytes), StatusMapper()), "127.0.0.1", taken).bind()
 
 
 def test_two_transports_share_a_port_only_when_both_are_asked_to():
@@ -96,7 +96,7 @@ def test_two_transports_share_a_port_only_when_both_are_asked_to():
 @needs_ipv6
 def test_http_listens_on_ipv6_with_and_without_brackets():
     for address in ("::1", "[::1]"):
-        listener = HttpListener(metrics_app(bytes), address, 0)
+        listener = HttpListener(HttpFront(Metrics(bytes), StatusMapper()), address, 0)
         listener.bind()
         assert listener.port
         listener.close()
