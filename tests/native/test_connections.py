@@ -238,6 +238,7 @@ def test_a_connection_of_age_takes_no_new_calls_and_ends_with_its_last(serve: Se
     client.wait(lambda: client.goaways, "the connection is of age")
     assert client.goodbye is ErrorCodes.NO_ERROR
     assert not client.closed
+    eventually(lambda: bool(served.answering.held), "the request runs")
     served.answering.release()
     assert client.answer(stream).messages == [b"begun in time"]
     client.wait_closed()
