@@ -33,6 +33,9 @@ QUEUE_BYTES_DEFAULT = 1 << 30
 MAX_BATCH_DEFAULT = 4
 """Triton's default-max-batch-size for models whose configuration is completed from the file."""
 
+POLL_INTERVAL_S = 15.0
+"""Triton's repository-poll-secs."""
+
 HTTP_INPUT_BYTES_DEFAULT = 64 << 20
 """Triton's default of --http-max-input-size."""
 
@@ -52,7 +55,7 @@ class ModelSettings:
     repositories: tuple[Path, ...]
     control_mode: ControlMode = ControlMode.NONE
     load_models: tuple[str, ...] = ()
-    poll_interval_s: float = 15.0
+    poll_interval_s: float = POLL_INTERVAL_S
     load_threads: int = 4
     auto_complete: bool = True
     default_max_batch_size: int = MAX_BATCH_DEFAULT
@@ -176,8 +179,8 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--model-control-mode", choices=[*ControlMode], default=ControlMode.NONE,
         help="none: load everything at start; poll: and follow changes; explicit: load --load-model and what load"
         " calls ask for")  # fmt: skip
-    add("--repository-poll-secs", type=positive, default=15, metavar="S",
-        help="in mode poll: how often to look for changes (%(default)s)")  # fmt: skip
+    add("--repository-poll-secs", type=positive, metavar="S",
+        help=f"in mode poll: how often to look for changes ({POLL_INTERVAL_S:g})")  # fmt: skip
     add("--load-model", action="append", default=[], metavar="NAME",
         help="in explicit mode: load this model at start, * for all; may be given several times")  # fmt: skip
     add("--model-load-thread-count", type=whole, default=4, metavar="N", help="models loaded at the same time")
@@ -235,6 +238,8 @@ def _add_log_flags(parser: argparse.ArgumentParser) -> None:
 def _settings(args: argparse.Namespace) -> ServerSettings:
     if args.load_model and args.model_control_mode != ControlMode.EXPLICIT:
         raise SettingsError("--load-model needs --model-control-mode=explicit: the other modes load every model")
+    if args.repository_poll_secs is not None and args.model_control_mode != ControlMode.POLL:
+        raise SettingsError("--repository-poll-secs needs --model-control-mode=poll: the other modes do not look")
     if not args.allow_grpc:
         raise SettingsError(
             "--allow-grpc=false is not implemented here: gRPC is always served; --grpc-address=127.0.0.1 hides it"
@@ -244,7 +249,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
             repositories=tuple(args.model_repository),
             control_mode=ControlMode(args.model_control_mode),
             load_models=tuple(args.load_model),
-            poll_interval_s=float(args.repository_poll_secs),
+            poll_interval_s=float(args.repository_poll_secs or POLL_INTERVAL_S),
             load_threads=max(1, args.model_load_thread_count),
             auto_complete=not args.disable_auto_complete_config,
             default_max_batch_size=_default_max_batch_size(args.backend_config),
