@@ -26,6 +26,9 @@ _MAX_TAG_BYTES: Final = 5
 _MAX_NUMBER_BYTES: Final = 10
 _64_BITS: Final = (1 << 64) - 1
 
+# From this size on, cutting the raw tensors out of a message first saves more (two copies) than it costs.
+SPLIT_BYTES_MIN: Final = 48 * 1024
+
 # Each field of the outermost message costs interpreter time; an honest one has a few per tensor.
 MAX_FIELDS: Final = 65_536
 

@@ -36,10 +36,7 @@ def whole(text: str) -> int:
 
 def count(text: str) -> int:
     """A number that may be 0 and that a transport can keep."""
-    value = whole(text)
-    if value > NUMBER_MAX:
-        raise argparse.ArgumentTypeError(f"expected at most {NUMBER_MAX}, got {text!r}")
-    return value
+    return _at_most(NUMBER_MAX, whole(text), text)
 
 
 def positive(text: str) -> int:
@@ -60,10 +57,7 @@ def port(text: str) -> int:
 
 def message_bytes(text: str) -> int:
     """The size of a message that every transport can carry."""
-    value = positive(text)
-    if value > MESSAGE_BYTES_MAX:
-        raise argparse.ArgumentTypeError(f"expected at most {MESSAGE_BYTES_MAX}, got {text!r}")
-    return value
+    return _at_most(MESSAGE_BYTES_MAX, positive(text), text)
 
 
 def time_s(text: str) -> float:
@@ -97,4 +91,10 @@ def permissions(text: str) -> int:
         value = -1
     if not 0 <= value <= 0o777:
         raise argparse.ArgumentTypeError(f"expected permissions in octal digits, e.g. 660, got {text!r}")
+    return value
+
+
+def _at_most(limit: int, value: int, text: str) -> int:
+    if value > limit:
+        raise argparse.ArgumentTypeError(f"expected at most {limit}, got {text!r}")
     return value

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from sluice_proto import wire
 from sluice_proto.grpc_service_pb2 import ModelInferRequest
 from sluice_proto.model_config_pb2 import DataType, ModelConfig
+from sluice_proto.wire import SPLIT_BYTES_MIN
 from sluice_server.errors import SluiceError
-from sluice_server.protocol.decode import SPLIT_BYTES_MIN, ParsedRequest, decode
+from sluice_server.protocol.decode import ParsedRequest, decode
 from sluice_server.protocol.decode_cache import (
     HEAD_BYTES_MAX,
     HEADS_PER_KIND_MAX,

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice_proto import grpc_service_pb2 as pb
+from sluice_proto.wire import SPLIT_BYTES_MIN
 from sluice_server.protocol.streams import (
     ERROR_AS_STATUS,
     OVER,
-    SPLIT_BYTES_MIN,
     STOPPING,
     InferStreams,
     StreamedRequest,

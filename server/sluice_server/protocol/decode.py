@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from sluice_server.protocol.shared_memory import SharedMemory
     from sluice_server.transport.call import Call
 
-SPLIT_BYTES_MIN = 48 * 1024
-"""From this size on, cutting the raw tensors out of the message first saves more (two copies) than it costs."""
-
 EMPTY_CELLS_MAX = 65_536
 """What the dimensions of a tensor without elements may multiply to, the zeros left out. They cost its sender nothing,
 and a model that reduces over the empty dimension would allocate all of the rest."""
@@ -61,7 +58,7 @@ class ParsedRequest:
     def __init__(self, data: bytes | memoryview) -> None:
         """Parse; `InvalidArgument` when `data` is not a ModelInferRequest."""
         try:
-            if len(data) < SPLIT_BYTES_MIN:
+            if len(data) < wire.SPLIT_BYTES_MIN:
                 message = ModelInferRequest.FromString(data if isinstance(data, bytes) else bytes(data))
                 self.raws: Sequence[bytes | memoryview] = message.raw_input_contents
             else:

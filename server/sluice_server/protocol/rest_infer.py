@@ -32,9 +32,6 @@ HEADS_MAX = 1024
 HEAD_BYTES_MAX = 1024
 """A dozen tensors. With HEADS_MAX it bounds what strangers can have remembered, to some megabytes."""
 
-SPLIT_BYTES_MIN = 48 * 1024
-"""From this size on an answer's tensors are cut out of it as views, which saves two copies."""
-
 _DIMENSION_MAX = (1 << 63) - 1
 _RAW_INPUT = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 _RAW_OUTPUT = ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
@@ -320,7 +317,7 @@ def write(parts: Sequence[Buffer], forms: OutputForms) -> InferAnswer:
     """The body of an answer from the parts of its ModelInferResponse."""
     data = b"".join(parts)
     raws: Any
-    if len(data) < SPLIT_BYTES_MIN:
+    if len(data) < wire.SPLIT_BYTES_MIN:
         response = ModelInferResponse.FromString(data)
         raws = response.raw_output_contents
     else:

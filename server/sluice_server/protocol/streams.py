@@ -43,9 +43,6 @@ ERROR_AS_STATUS = ("triton_grpc_error", "true")
 
 STOPPING = Status(Code.UNAVAILABLE, "the server is shutting down and takes no more requests from this stream")
 
-SPLIT_BYTES_MIN = 48 * 1024
-"""From this size on a message is searched without its tensors."""
-
 OVER: Final = object()
 """What is left as the state of a stream that has ended."""
 
@@ -242,7 +239,7 @@ class InferStreams:
 
 def asks_for_final_mark(message: bytes | memoryview) -> bool:
     """Whether a request says that its last answer is to be marked. Costs a search for the key, unless it is there."""
-    head = message if type(message) is bytes and len(message) < SPLIT_BYTES_MIN else _head(message)
+    head = _head(message)
     return _FINAL_ASKED_KEY in head and _final_asked(head)
 
 
@@ -261,6 +258,6 @@ def _final_asked(head: bytes) -> bool:
 
 def _head(message: bytes | memoryview) -> bytes:
     """A request without its tensors, when they are large."""
-    if len(message) >= SPLIT_BYTES_MIN:
+    if len(message) >= wire.SPLIT_BYTES_MIN:
         return wire.split_raw(message)[0]
     return message if isinstance(message, bytes) else bytes(message)

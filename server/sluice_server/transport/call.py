@@ -46,64 +46,18 @@ CLIENT_EARLY_NS = 2_000_000
 """Both sides count deadlines in whole milliseconds, each with its own rounding."""
 
 
-class Stream(ABC):
-    """One stream in progress, as its transport owns it: the same object for all of its messages."""
+class Rpc(ABC):
+    """What a call and a stream have in common: the RPC, and who asks."""
 
-    __slots__ = ("deadline_ns", "method", "on_cancel", "state")
-
-    method: str
-    """The RPC's path, e.g. `/inference.GRPCInferenceService/ModelStreamInfer`."""
-    deadline_ns: int
-    """When the client stops waiting for the whole stream, as for a call."""
-    state: Any
-    """Belongs to whoever serves the stream; None at first."""
-    on_cancel: Callable[[], None] | None
-    """Set by whoever serves the stream; called when the client went away."""
-
-    @property
-    @abstractmethod
-    def metadata(self) -> Metadata:
-        """The request's headers."""
-
-    @property
-    @abstractmethod
-    def peer(self) -> str:
-        """The client's address, as for a call."""
-
-    @property
-    @abstractmethod
-    def peer_names(self) -> tuple[str, ...]:
-        """The names in the client's certificate, as for a call."""
-
-    @abstractmethod
-    def send(self, parts: Sequence[Buffer]) -> None:
-        """Send one message, which `parts` make up when joined; from any thread."""
-
-    @abstractmethod
-    def finish(self, status: Status = OK) -> None:
-        """End the stream behind everything that was sent; from any thread."""
-
-
-class Call(ABC):
-    """One unary RPC in progress, or one message of a stream, as its transport owns it."""
-
-    __slots__ = ("deadline_ns", "message", "method", "on_cancel", "received_ns")
+    __slots__ = ("deadline_ns", "method", "on_cancel")
 
     method: str
     """The RPC's path as on the wire, e.g. `/inference.GRPCInferenceService/ModelInfer`."""
-    message: Any
-    """The request message as it came, decompressed: `bytes`, or, when it is large, any buffer that has a length. None,
-    of a stream: the client has sent its last one."""
-    received_ns: int
-    """When the message was complete, on the monotonic clock."""
     deadline_ns: int
-    """When the client stops waiting, on the monotonic clock; `sluice_batching.NO_DEADLINE` when it set none."""
-    sampled: ClassVar[bool] = False
-    """Whether anybody listens to `describe`."""
+    """When the client stops waiting for the call or the whole stream, on the monotonic clock;
+    `sluice_batching.NO_DEADLINE` when it set none."""
     on_cancel: Callable[[], None] | None
-    """Set by whoever holds a unary call for longer; called when the client went away."""
-    stream: Stream | None = None
-    """The stream that this is a message of: answered through it alone, not by `reply` and `fail`. None: a unary RPC."""
+    """Set by whoever holds a unary call for longer, or serves the stream; called when the client went away."""
 
     @property
     @abstractmethod
@@ -120,7 +74,40 @@ class Call(ABC):
     def peer_names(self) -> tuple[str, ...]:
         """The names in the client's certificate, e.g. `cn:NAME` and `dns:NAME`; empty when it has shown none."""
 
-    def describe(self, **facts: Any) -> None:  # noqa: B027 - doing nothing is right for a call that is not sampled
+
+class Stream(Rpc):
+    """One stream in progress, as its transport owns it: the same object for all of its messages."""
+
+    __slots__ = ("state",)
+
+    state: Any
+    """Belongs to whoever serves the stream; None at first."""
+
+    @abstractmethod
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """Send one message, which `parts` make up when joined; from any thread."""
+
+    @abstractmethod
+    def finish(self, status: Status = OK) -> None:
+        """End the stream behind everything that was sent; from any thread."""
+
+
+class Call(Rpc):
+    """One unary RPC in progress, or one message of a stream, as its transport owns it."""
+
+    __slots__ = ("message", "received_ns")
+
+    message: Any
+    """The request message as it came, decompressed: `bytes`, or, when it is large, any buffer that has a length. None,
+    of a stream: the client has sent its last one."""
+    received_ns: int
+    """When the message was complete, on the monotonic clock."""
+    sampled: ClassVar[bool] = False
+    """Whether anybody listens to `describe`."""
+    stream: Stream | None = None
+    """The stream that this is a message of: answered through it alone, not by `reply` and `fail`. None: a unary RPC."""
+
+    def describe(self, **facts: Any) -> None:
         """Tell what became of the request, for its trace; a call that is not sampled has nobody to tell."""
 
     def code_of_leaving(self, now_ns: int) -> Code:

@@ -37,7 +37,35 @@ class Loop(Protocol):
         """Have `deliver` called on the event loop, in the order of the calls; from any thread."""
 
 
-class GrpcioCall(Call):
+class _OfContext:
+    """What gRPC's context tells of the client."""
+
+    __slots__ = ()
+
+    _context: Any
+
+    @property
+    def metadata(self) -> Metadata:
+        """The request's headers."""
+        return tuple((key, value) for key, value in self._context.invocation_metadata())
+
+    @property
+    def peer(self) -> str:
+        """The client's address as gRPC writes it."""
+        return str(self._context.peer())
+
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """The names in the client's certificate."""
+        properties = self._context.auth_context()
+        return tuple(
+            f"{kind}:{name.decode(errors='replace')}"
+            for property_name, kind in _NAME_KINDS.items()
+            for name in properties.get(property_name, ())
+        )
+
+
+class GrpcioCall(_OfContext, Call):
     """One unary RPC of the grpcio server; its end is a future on the event loop."""
 
     __slots__ = ("_context", "_transport", "ended", "future")
@@ -55,21 +83,6 @@ class GrpcioCall(Call):
 
     def __repr__(self) -> str:
         return f"<GrpcioCall {self.method} {'ended' if self.ended else 'open'}>"
-
-    @property
-    def metadata(self) -> Metadata:
-        """The request's headers."""
-        return _metadata(self._context)
-
-    @property
-    def peer(self) -> str:
-        """The client's address as gRPC writes it."""
-        return str(self._context.peer())
-
-    @property
-    def peer_names(self) -> tuple[str, ...]:
-        """The names in the client's certificate."""
-        return _peer_names(self._context)
 
     def reply(self, parts: Sequence[Buffer]) -> None:
         """End the call with a message; the parts are joined here, on the caller's thread."""
@@ -92,7 +105,7 @@ class GrpcioCall(Call):
         return 1
 
 
-class GrpcioStream(Stream):
+class GrpcioStream(_OfContext, Stream):
     """One stream of the grpcio server: what is still to be written, and the two tasks that wait for a change."""
 
     __slots__ = ("_context", "_transport", "ahead", "began_ns", "changed", "ended", "outgoing", "room", "status")
@@ -114,21 +127,6 @@ class GrpcioStream(Stream):
 
     def __repr__(self) -> str:
         return f"<GrpcioStream {self.method} {'ended' if self.ended else 'open'} {self.ahead} ahead>"
-
-    @property
-    def metadata(self) -> Metadata:
-        """The request's headers."""
-        return _metadata(self._context)
-
-    @property
-    def peer(self) -> str:
-        """The client's address as gRPC writes it."""
-        return str(self._context.peer())
-
-    @property
-    def peer_names(self) -> tuple[str, ...]:
-        """The names in the client's certificate."""
-        return _peer_names(self._context)
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Send one message; the parts are joined here, on the caller's thread."""
@@ -204,16 +202,3 @@ class GrpcioMessage(Call):
 def _deadline_ns(context: Any, now_ns: int) -> int:
     remaining_s = context.time_remaining()
     return NO_DEADLINE if remaining_s is None else now_ns + int(remaining_s * 1e9)
-
-
-def _metadata(context: Any) -> Metadata:
-    return tuple((key, value) for key, value in context.invocation_metadata())
-
-
-def _peer_names(context: Any) -> tuple[str, ...]:
-    properties = context.auth_context()
-    return tuple(
-        f"{kind}:{name.decode(errors='replace')}"
-        for property_name, kind in _NAME_KINDS.items()
-        for name in properties.get(property_name, ())
-    )

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DISTRIBUTION = "sluice-native"
-
 INTAKE_THREADS = 2
 """One at the intake, and one that runs a lone request: more would only compete for the interpreter."""
 
