@@ -12,12 +12,13 @@ import grpc
 import pytest
 import trustme
 from h2.errors import ErrorCodes
+from hyperframe.frame import DataFrame, HeadersFrame, PingFrame, WindowUpdateFrame
 
 from sluice_server.status import Code
 from sluice_server.transport.options import TlsFiles
 from support.answering import ECHO, ECHO_STREAM, HOLD, LARGE, PEER, TALK, unharmed
 from support.fakes import PATIENCE_S, eventually
-from support.raw_http2 import PREFACE, message
+from support.raw_http2 import PREFACE, literal, message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -291,6 +292,30 @@ def test_the_end_of_the_server_says_goodbye_and_answers_what_is_accepted(serve: 
     assert busy.goaways[-1].last_stream_id == stream
     stopping.join()
     served.nothing_is_left()
+
+
+def test_a_call_that_begins_as_its_client_hears_of_the_end_leaves_the_others_alone(serve: Serve):
+    served = serve()
+    client = served.connect(answer_pings=False).greeted()
+    stream = client.call(HOLD, b"accepted")
+    eventually(lambda: bool(served.answering.held), "the request runs")
+    stopping = threading.Thread(target=served.transport.stop, args=(PATIENCE_S,))
+    stopping.start()
+    client.wait(lambda: client.pings, "the server says goodbye, and asks whether it was heard")
+    late = client.new_stream()
+    # As gRPC's C core sends it: the answer, and along with it a call for which it grants bytes to the server.
+    client.send(
+        PingFrame(0, client.pings[-1], flags=["ACK"]),
+        HeadersFrame(late, literal(client.headers(ECHO)), flags=["END_HEADERS"]),
+        WindowUpdateFrame(late, window_increment=5),
+        DataFrame(late, message(b"late"), flags=["END_STREAM"]),
+    )
+    assert client.alive()
+    served.answering.release()
+    assert client.answer(stream).messages == [b"accepted"]
+    client.wait_closed()
+    assert client.goodbye is ErrorCodes.NO_ERROR
+    stopping.join()
 
 
 def test_calls_that_outlast_the_grace_of_the_server_get_a_status(serve: Serve):

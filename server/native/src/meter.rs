@@ -7,8 +7,9 @@
 //! sets them). It remembers one PING and one SETTINGS frame to acknowledge, so that none of the floods here takes
 //! memory. What they take is time on the one thread that all connections share; the bounds of `Limits` are on that.
 //!
-//! Invariants: bytes pass unchanged, but for one frame (`Meter::poll_goaway`); no payload is looked at; nothing is
-//! allocated, but for ids of resets; the first verdict stays.
+//! Invariants: bytes pass unchanged, but for two frames (`Meter::poll_goaway`, and what `h2` must not see in a graceful
+//! shutdown: `Scanner::scan`); no payload but that of a PING is looked at; nothing is allocated, but for ids of resets;
+//! the first verdict stays.
 
 mod limits;
 mod scan;
@@ -138,9 +139,31 @@ impl Goaway {
 pub struct Meter<T> {
     io: T,
     scanner: Scanner,
+    /// The header that is read or passed on, once headers are read apart.
+    header: Header,
     written: Heads,
     goaway: Option<Goaway>,
     traffic: Arc<Traffic>,
+}
+
+/// A frame header on its way: what has come of it, and what of that has been passed on.
+#[derive(Debug, Default)]
+struct Header {
+    bytes: [u8; HEADER_BYTES],
+    filled: usize,
+    passed: usize,
+}
+
+impl Header {
+    /// Passes on what there is room for; forgets the header once all of it is gone.
+    fn pass(&mut self, into: &mut ReadBuf<'_>) {
+        let count = into.remaining().min(self.filled - self.passed);
+        into.put_slice(&self.bytes[self.passed..self.passed + count]);
+        self.passed += count;
+        if self.passed == HEADER_BYTES {
+            *self = Self::default();
+        }
+    }
 }
 
 impl<T> Meter<T> {
@@ -150,6 +173,7 @@ impl<T> Meter<T> {
         let meter = Self {
             io,
             scanner: Scanner::new(&limits),
+            header: Header::default(),
             written: Heads::after(0),
             goaway: None,
             traffic: Arc::clone(&traffic),
@@ -157,7 +181,7 @@ impl<T> Meter<T> {
         (meter, traffic)
     }
 
-    fn note_read(&mut self, bytes: &[u8]) {
+    fn note_read(&mut self, bytes: &mut [u8]) {
         if bytes.is_empty() {
             return;
         }
@@ -224,6 +248,38 @@ impl<T: AsyncWrite + Unpin> Meter<T> {
     }
 }
 
+impl<T: AsyncRead + Unpin> Meter<T> {
+    /// Reads one header, or some of one payload, so that no header is passed on before it is known as a whole.
+    fn poll_apart(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let payload = self.scanner.payload_left();
+        if self.header.filled == 0 && payload > 0 {
+            let room = payload.min(buffer.remaining());
+            let mut part = ReadBuf::new(buffer.initialize_unfilled_to(room));
+            ready!(Pin::new(&mut self.io).poll_read(cx, &mut part))?;
+            let count = part.filled().len();
+            self.note_read(part.filled_mut());
+            buffer.advance(count);
+            return Poll::Ready(Ok(()));
+        }
+        while self.header.filled < HEADER_BYTES {
+            let mut part = ReadBuf::new(&mut self.header.bytes[self.header.filled..]);
+            ready!(Pin::new(&mut self.io).poll_read(cx, &mut part))?;
+            let count = part.filled().len();
+            if count == 0 {
+                return Poll::Ready(Ok(())); // the end, whatever has come of the header
+            }
+            self.header.filled += count;
+            if self.header.filled == HEADER_BYTES {
+                let mut bytes = self.header.bytes;
+                self.note_read(&mut bytes);
+                self.header.bytes = bytes;
+            }
+        }
+        self.header.pass(buffer);
+        Poll::Ready(Ok(()))
+    }
+}
+
 impl<T: AsyncRead + Unpin> AsyncRead for Meter<T> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.traffic.flood().is_some() {
@@ -231,9 +287,19 @@ impl<T: AsyncRead + Unpin> AsyncRead for Meter<T> {
         }
         // HTTP/2 reads on when it has dealt with every frame that it has the whole of.
         self.scanner.settle_resets(&self.traffic);
+        if self.scanner.reads_apart() {
+            return self.poll_apart(cx, buffer);
+        }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(cx, buffer))?;
-        self.note_read(&buffer.filled()[before..]);
+        self.note_read(&mut buffer.filled_mut()[before..]);
+        if self.scanner.reads_apart() {
+            let cut = self.scanner.take_cut();
+            let (passed, kept) = buffer.filled().split_at(buffer.filled().len() - cut);
+            self.header.bytes[..cut].copy_from_slice(kept);
+            self.header.filled = cut;
+            buffer.set_filled(passed.len());
+        }
         Poll::Ready(Ok(()))
     }
 }
@@ -356,6 +422,78 @@ mod tests {
         client.read_to_end(&mut received).await.unwrap();
         let last = [&[0, 0, 22, kind::GOAWAY, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 11], &b"too_many_pings"[..]].concat();
         assert!(received.ends_with(&last), "{received:?}");
+    }
+
+    /// The frames that have come whole: kind, stream, payload.
+    fn frames(mut bytes: &[u8]) -> Vec<(u8, u32, Vec<u8>)> {
+        let mut frames = Vec::new();
+        while let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() {
+            let length = u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize;
+            let Some((payload, rest)) = rest.split_at_checked(length) else {
+                break;
+            };
+            let stream = u32::from_be_bytes([header[5], header[6], header[7], header[8]]);
+            frames.push((header[3], stream, payload.to_vec()));
+            bytes = rest;
+        }
+        frames
+    }
+
+    /// Reads until a PING with this payload has come, asked or answered.
+    async fn read_ping(client: &mut DuplexStream, received: &mut Vec<u8>, payload: &[u8]) {
+        while !frames(received).iter().any(|(kind, _, ping)| *kind == kind::PING && ping == payload) {
+            assert!(client.read_buf(received).await.unwrap() > 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_begins_when_the_shutdown_is_known_harms_no_other_however_it_is_cut() {
+        // :method POST, :scheme http, :path /
+        let request = |stream, flags| frame(kind::HEADERS, flags, stream, &[0x83, 0x86, 0x84]);
+        let late = [
+            frame(kind::PING, 1, 0, &scan::SHUTDOWN_PING),
+            request(3, 4),
+            frame(kind::WINDOW_UPDATE, 0, 3, &[0, 0, 0, 5]),
+            frame(kind::DATA, 1, 3, b"late"),
+            frame(kind::WINDOW_UPDATE, 0, 1, &[0, 0, 0, 5]),
+            frame(kind::PING, 0, 0, b"have all"),
+        ];
+        for pipe_bytes in 9..100 {
+            let (meter, mut client, _traffic) = piped(pipe_bytes, Limits::default());
+            let (heard, hears) = tokio::sync::oneshot::channel();
+            let serve = async {
+                let mut connection = h2::server::handshake(meter).await.unwrap();
+                let (_, mut respond) = connection.accept().await.unwrap().unwrap();
+                connection.graceful_shutdown();
+                let mut hears = std::pin::pin!(hears);
+                let mut answered = false;
+                poll_fn(|cx| {
+                    if !answered && hears.as_mut().poll(cx).is_ready() {
+                        respond.send_response(http::Response::new(()), true).unwrap();
+                        answered = true;
+                    }
+                    connection.poll_accept(cx)
+                })
+                .await
+            };
+            let call = async {
+                let hello = [PREFACE, &frame(kind::SETTINGS, 0, 0, &[])[..], &request(1, 5)].concat();
+                let mut received = Vec::new();
+                client.write_all(&hello).await.unwrap();
+                read_ping(&mut client, &mut received, &scan::SHUTDOWN_PING).await;
+                client.write_all(&late.concat()).await.unwrap();
+                read_ping(&mut client, &mut received, b"have all").await;
+                heard.send(()).unwrap();
+                client.read_to_end(&mut received).await.unwrap();
+                frames(&received)
+            };
+            let both = async { tokio::join!(serve, call) };
+            let (accepted, received) = tokio::time::timeout(Duration::from_secs(30), both).await.unwrap();
+            assert!(accepted.is_none(), "{pipe_bytes}: {accepted:?}");
+            assert!(received.iter().any(|(kind, stream, _)| (*kind, *stream) == (kind::HEADERS, 1)), "{pipe_bytes}");
+            let goodbye = received.iter().rfind(|(kind, ..)| *kind == kind::GOAWAY).unwrap();
+            assert_eq!(goodbye.2, [0, 0, 0, 1, 0, 0, 0, 0], "{pipe_bytes}");
+        }
     }
 
     #[tokio::test]

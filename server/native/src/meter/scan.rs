@@ -23,7 +23,18 @@ pub mod kind {
     pub const GOAWAY: u8 = 7;
     pub const WINDOW_UPDATE: u8 = 8;
     pub const CONTINUATION: u8 = 9;
+    /// None of HTTP/2's: a frame of a kind that is not known is passed over (section 4.1).
+    pub const UNKNOWN: u8 = 0xff;
 }
+
+/// Where the kind stands in a header.
+const KIND_AT: usize = 3;
+
+/// What a PING has with it.
+const PING_BYTES: usize = 8;
+
+/// The PING behind h2's first GOAWAY of a graceful shutdown. When it comes back, h2 takes no streams any more.
+pub const SHUTDOWN_PING: [u8; PING_BYTES] = [0x0b, 0x7b, 0xa2, 0xf0, 0x8b, 0x9b, 0xfe, 0x54];
 
 /// ACK of SETTINGS and PING, END_STREAM of DATA.
 const FIRST_FLAG: u8 = 1;
@@ -197,10 +208,51 @@ impl Updates {
     }
 }
 
+/// Whether h2 has heard that its client knows of the shutdown, and takes no streams any more.
+///
+/// A client may have begun some all the same: gRPC's C core sends them along with that very answer. h2 passes over
+/// their HEADERS and DATA, but takes a WINDOW_UPDATE for one of a stream that never was: a connection error, in which
+/// every call that it still had is lost.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct LastStream {
+    /// The highest stream so far; the last one that h2 knows once this is settled.
+    stream: u32,
+    settled: bool,
+    /// How much of the answer to the shutdown's PING has come.
+    matched: Option<usize>,
+}
+
+impl LastStream {
+    fn note(&mut self, head: Head) {
+        match head.kind {
+            kind::HEADERS if !self.settled => self.stream = self.stream.max(head.stream),
+            kind::PING if head.flags & FIRST_FLAG != 0 && head.length == PING_BYTES => self.matched = Some(0),
+            _ => {}
+        }
+    }
+
+    /// Looks at what follows the head of a PING, of which more may come.
+    fn match_payload(&mut self, bytes: &[u8]) {
+        let Some(matched) = self.matched else {
+            return;
+        };
+        let expected = &SHUTDOWN_PING[matched..];
+        let count = expected.len().min(bytes.len());
+        let same = bytes[..count] == expected[..count];
+        self.matched = (same && count < expected.len()).then_some(matched + count);
+        self.settled |= same && count == expected.len();
+    }
+
+    fn is_unknown(&self, head: Head) -> bool {
+        self.settled && head.kind == kind::WINDOW_UPDATE && head.stream > self.stream
+    }
+}
+
 /// Judges what a client sends by its frame headers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scanner {
     heads: Heads,
+    last_stream: LastStream,
     pings: Pings,
     settings: Rate,
     resets: Rate,
@@ -216,6 +268,7 @@ impl Scanner {
     pub fn new(limits: &Limits) -> Self {
         Self {
             heads: Heads::after(PREFACE_BYTES),
+            last_stream: LastStream::default(),
             pings: Pings::new(limits),
             settings: Rate::new(limits.settings, SETTINGS_SPAN_NS),
             resets: Rate::new(limits.resets, SECOND_NS),
@@ -228,13 +281,43 @@ impl Scanner {
     }
 
     /// Reads on, at a time since the connection began; resets and a verdict go to `traffic`.
-    pub fn scan(&mut self, mut bytes: &[u8], now_ns: u64, traffic: &Traffic) {
-        while let Some(head) = self.heads.next(&mut bytes) {
+    ///
+    /// A frame that h2 must not see is made one of no known kind; `reads_apart` says from when on the bytes that are
+    /// given must not begin inside a header.
+    pub fn scan(&mut self, bytes: &mut [u8], now_ns: u64, traffic: &Traffic) {
+        let mut at = 0;
+        self.last_stream.match_payload(bytes);
+        loop {
+            let mut rest = &bytes[at..];
+            let Some(head) = self.heads.next(&mut rest) else {
+                return;
+            };
+            self.last_stream.note(head);
+            self.last_stream.match_payload(rest);
+            at = bytes.len() - rest.len();
             self.last_is_reset = head.kind == kind::RST_STREAM;
             if let Some(flood) = self.weigh(head, now_ns, traffic) {
                 traffic.judge(flood);
             }
+            if self.last_stream.is_unknown(head) && at >= HEADER_BYTES {
+                bytes[at - HEADER_BYTES + KIND_AT] = kind::UNKNOWN;
+            }
         }
+    }
+
+    /// Whether headers may have to be changed, so that they are to be read one by one.
+    pub fn reads_apart(&self) -> bool {
+        self.last_stream.settled
+    }
+
+    /// What is missing of a payload.
+    pub fn payload_left(&self) -> usize {
+        self.heads.skip
+    }
+
+    /// Forgets the beginning of a header at the end of what was scanned, which will be scanned again; gives its length.
+    pub fn take_cut(&mut self) -> usize {
+        std::mem::take(&mut self.heads.filled)
     }
 
     /// Lets resets be taken which HTTP/2 has dealt with: all, but for one whose payload is still to come.
@@ -320,7 +403,7 @@ pub mod tests {
         }
 
         fn read(&mut self, bytes: &[u8]) -> Option<Flood> {
-            self.scanner.scan(bytes, self.now_ns, &self.traffic);
+            self.scanner.scan(&mut bytes.to_vec(), self.now_ns, &self.traffic);
             self.traffic.flood()
         }
 
