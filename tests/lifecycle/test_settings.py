@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sluice_server import settings
+from sluice_server import server_flags
 from sluice_server.flag_values import SettingsError
+from sluice_server.refused_flags import REFUSED
 from sluice_server.repository.manager import ControlMode
-from sluice_server.settings import REFUSED, HttpSettings, parse_serve
+from sluice_server.settings import HttpSettings, parse_serve
 from sluice_server.transport.choice import TransportChoice
 from sluice_server.transport.options import Compression, TlsFiles, TransportOptions
 
@@ -42,7 +43,7 @@ FLAGS = [
     (["--backend-config", ",default-max-batch-size=0"], "models.default_max_batch_size", 0),
     ([], "models.allow_provider_fallback", False),
     (["--allow-provider-fallback"], "models.allow_provider_fallback", True),
-    ([], "models.queue_rows", settings.QUEUE_ROWS_DEFAULT),
+    ([], "models.queue_rows", server_flags.QUEUE_ROWS_DEFAULT),
     (["--default-queue-rows=0"], "models.queue_rows", 0),
     (["--default-queue-bytes=1024"], "models.queue_bytes", 1024),
     ([], "grpc.address", "0.0.0.0:8001"),
@@ -228,4 +229,4 @@ def test_settings_do_not_change():
 
 
 def actions() -> list[argparse.Action]:
-    return settings._serve_parser()._actions
+    return server_flags.serve_parser()._actions

@@ -1,0 +1,67 @@
+"""Triton's flags that are not there: each is refused by name, with what to do instead if there is anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sluice_server.flag_values import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+REFUSED: dict[str, str] = {
+    "--allow-cpu-metrics": "the CPU metrics are always there",
+    "--allow-gpu-metrics": "GPU metrics are not there yet",
+    "--allow-sagemaker": "the SageMaker front end is not there",
+    "--allow-vertex-ai": "the Vertex AI front end is not there",
+    "--backend-directory": "there is one backend, ONNX Runtime, and it is built in",
+    "--buffer-management-thread-count": "tensors are views over the received message and are not copied by threads",
+    "--cache-config": "the response cache is not there yet",
+    "--cache-directory": "the response cache is not there yet",
+    "--cuda-memory-pool-byte-size": "ONNX Runtime's own allocator is used: pass gpu_mem_limit to the CUDA provider",
+    "--cuda-virtual-address-size": "ONNX Runtime's own allocator is used",
+    "--enable-peer-access": "peer access is ONNX Runtime's affair",
+    "--grpc-header-forward-pattern": "headers are not forwarded to models",
+    "--grpc-infer-allocation-pool-size": "there is no pool of request objects",
+    "--grpc-infer-thread-count": "one event loop takes all requests",
+    "--grpc-max-response-pool-size": "there is no pool of response objects",
+    "--grpc-restricted-protocol": "restricting protocols by header is not there yet",
+    "--host-policy": "host policies are not there",
+    "--http-header-forward-pattern": "headers are not forwarded to models",
+    "--http-restricted-api": "restricting protocols by header is not there yet",
+    "--http-thread-count": "one event loop takes all HTTP requests",
+    "--metrics-config": "the metrics are fixed",
+    "--metrics-interval-ms": "metrics are read at the moment of the scrape",
+    "--min-supported-compute-capability": "ONNX Runtime decides which GPUs it can use",
+    "--model-config-name": "custom configuration names are not there",
+    "--model-load-gpu-limit": "there is no limit on a GPU's memory at load",
+    "--model-load-retry-count": "a load that failed is not tried again",
+    "--model-namespacing": "model names are unique over all repositories",
+    "--pinned-memory-pool-byte-size": "there is no pinned memory pool",
+    "--rate-limit": "the rate limiter is not there yet",
+    "--rate-limit-resource": "the rate limiter is not there yet",
+    "--repoagent-directory": "repository agents are not there",
+    "--response-cache-byte-size": "the response cache is not there yet",
+    "--reuse-http-port": "HTTP ports are not shared",
+    "--sagemaker-port": "the SageMaker front end is not there",
+    "--sagemaker-safe-port-range": "the SageMaker front end is not there",
+    "--sagemaker-thread-count": "the SageMaker front end is not there",
+    "--strict-model-config": "it is deprecated in Triton: use --disable-auto-complete-config",
+    "--trace-count": "it is deprecated in Triton: use --trace-config count=N",
+    "--trace-file": "it is deprecated in Triton: use --trace-config triton,file=FILE",
+    "--trace-level": "it is deprecated in Triton: use --trace-config level=TIMESTAMPS",
+    "--trace-log-frequency": "it is deprecated in Triton: use --trace-config triton,log-frequency=N",
+    "--trace-rate": "it is deprecated in Triton: use --trace-config rate=N",
+    "--vertex-ai-default-model": "the Vertex AI front end is not there",
+    "--vertex-ai-port": "the Vertex AI front end is not there",
+    "--vertex-ai-thread-count": "the Vertex AI front end is not there",
+}
+"""Triton's flags that this version does not have, with the reason."""
+
+
+def refuse_unimplemented(argv: Sequence[str]) -> None:
+    """Raise for the first of Triton's flags that this version does not have."""
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag in REFUSED:
+            raise SettingsError(f"{flag} is a flag of Triton that is not implemented here: {REFUSED[flag]}")
