@@ -24,7 +24,7 @@ def check_models(settings: ModelSettings, names: Sequence[str], environ: Mapping
     """Print a paragraph for each version of each model that would be loaded; 1 when one of them cannot be."""
     runtime.configure_runtime()
     host = Host.of_this_machine(environ)
-    repositories = Repositories(settings.repositories)
+    repositories = Repositories(settings.repositories, settings.config_name)
     print(f"this process may use {host.cpus} CPU(s) and {host.gpus} GPU(s); ONNX Runtime {runtime.runtime_version()}"
           f" has {', '.join(host.providers)}", file=out)  # fmt: skip
     good = True

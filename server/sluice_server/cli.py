@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sluice_server.check import check_models
 from sluice_server.errors import SluiceError
-from sluice_server.flag_values import SettingsError
+from sluice_server.flag_values import SettingsError, file_stem
 from sluice_server.lifecycle import Server, StartError, check_runtime
 from sluice_server.observability.logs import configure
 from sluice_server.observability.tracing import TracingError
@@ -66,12 +66,14 @@ def check(argv: Sequence[str]) -> int:
     parser.add_argument("repository", nargs="+", type=Path, help="a folder of models in Triton's layout")
     parser.add_argument("--model", action="append", default=[], metavar="NAME", help="only this one; several allowed")
     parser.add_argument("--disable-auto-complete-config", action="store_true", help="as for sluice serve")
+    parser.add_argument("--model-config-name", type=file_stem, default="", metavar="NAME", help="as for sluice serve")
     parser.add_argument("--allow-provider-fallback", action="store_true", help="as for sluice serve")
     args = parser.parse_args(argv)
     settings = ModelSettings(
         repositories=tuple(args.repository),
         auto_complete=not args.disable_auto_complete_config,
         allow_provider_fallback=args.allow_provider_fallback,
+        config_name=args.model_config_name,
     )
     try:
         check_runtime()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sluice_server.transport.options import MESSAGE_BYTES_MAX, Compression
+from sluice_server.transport.options import INTAKE_THREADS_MAX, MESSAGE_BYTES_MAX, Compression
 
 NUMBER_MAX = 2**31 - 1
 """What gRPC's C core takes for a number; as milliseconds, it stands for ever there."""
@@ -53,6 +53,25 @@ def port(text: str) -> int:
     if value > 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 0 (any that is free) to 65535, got {text!r}")
     return value
+
+
+def file_stem(text: str) -> str:
+    """The name of a file without its ending and without a folder; empty for none."""
+    if text in (".", "..") or any(character in text for character in "/\\\0"):
+        raise argparse.ArgumentTypeError(f"expected a file's name without folder and ending, got {text!r}")
+    return text
+
+
+def intake_threads(text: str) -> int:
+    """How many threads take calls from the native transport."""
+    return _at_most(INTAKE_THREADS_MAX, positive(text), text)
+
+
+def no_gpu_metrics(text: str) -> bool:
+    """False, as there are none."""
+    if switch(text):
+        raise argparse.ArgumentTypeError("metrics of GPUs are not implemented here: only false can be kept")
+    return False
 
 
 def message_bytes(text: str) -> int:

@@ -44,6 +44,7 @@ from sluice_server.transport.certificates import check_tls
 from sluice_server.transport.choice import TransportChoice, TransportUnavailable, choose, native_problem
 from sluice_server.transport.grpcio import GrpcioTransport
 from sluice_server.transport.native import NativeTransport
+from sluice_server.transport.none import NoTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -94,14 +95,7 @@ class Server:
         to_status = StatusMapper(triton_codes=settings.triton_status_codes)
         self._health = health.Health()
         self._reflection = reflection.Reflection((SERVICE.full_name, health.SERVICE.full_name))
-        self.manager = ModelManager(
-            Repositories(settings.models.repositories),
-            ModelLoader(settings.models, to_status, self._timer, environ),
-            mode=settings.models.control_mode,
-            strict_readiness=settings.strict_readiness,
-            load_threads=settings.models.load_threads,
-            on_readiness=self._set_serving,
-        )
+        self.manager = self._create_manager(ModelLoader(settings.models, to_status, self._timer, environ))
         self._poller = Poller(self.manager.poll, settings.models.poll_interval_s)
         control = ControlPolicy(allow_any=settings.allow_any_control)
         regions = SharedMemory(RegionTable() if settings.allow_client_shm else None, control)
@@ -130,6 +124,18 @@ class Server:
         }
         self._http = HttpServer([listener for listener in self._listeners.values() if listener is not None])
 
+    def _create_manager(self, loader: ModelLoader) -> ModelManager:
+        models = self._settings.models
+        return ModelManager(
+            Repositories(models.repositories, models.config_name),
+            loader,
+            mode=models.control_mode,
+            strict_readiness=self._settings.strict_readiness,
+            load_threads=models.load_threads,
+            load_retries=models.load_retries,
+            on_readiness=self._set_serving,
+        )
+
     def _create_rpcs(self, control: ControlPolicy, regions: SharedMemory) -> Mapping[str, Rpc]:
         identity = ServerIdentity(self._settings.server_id, self._version, EXTENSIONS + regions.extensions)
         trace_settings = TraceSettings(self._traces, self.manager, control)
@@ -141,6 +147,8 @@ class Server:
 
     def _create_transport(self) -> Transport:
         settings = self._settings
+        if settings.grpc is None:
+            return NoTransport()
         problem = "" if settings.transport is TransportChoice.GRPCIO else native_problem(self._version)
         try:
             chosen = choose(settings.transport, problem, settings.native_flags)
@@ -193,7 +201,7 @@ class Server:
             extra={
                 "version": self._version,
                 "transport": self.transport.name,
-                "grpc": ",".join(self.transport.endpoints),
+                "grpc": ",".join(self.transport.endpoints) or "off",
                 "http": self.http_port or "off",
                 "metrics": self.metrics_port or "off",
                 "ready": self.manager.server_ready,
@@ -258,4 +266,6 @@ class Server:
 
 
 def _listener(app: HttpFront, settings: HttpSettings | None) -> HttpListener | None:
-    return None if settings is None else HttpListener(app, settings.address, settings.port)
+    if settings is None:
+        return None
+    return HttpListener(app, settings.address, settings.port, reuse_port=settings.reuse_port)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from sluice_server.flag_values import SettingsError, port, positive, switch, whole
+from sluice_server.flag_values import SettingsError, count, file_stem, port, positive, switch, whole
 from sluice_server.repository.manager import ControlMode
 from sluice_server.transport_flags import add_transport_flags
 
@@ -61,6 +61,12 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="in explicit mode: load this model at start, * for all; may be given several times")  # fmt: skip
     add("--model-load-thread-count", type=whole, default=4, metavar="N", help="models loaded at the same time")
     add("--disable-auto-complete-config", action="store_true", help="take configurations as they are written only")
+    add("--strict-model-config", type=switch, default=False, metavar="true|false",
+        help="true: the same, as Triton's older versions had it (false)")  # fmt: skip
+    add("--model-config-name", type=file_stem, default="", metavar="NAME",
+        help="configs/NAME.pbtxt comes before config.pbtxt in the models that have it")  # fmt: skip
+    add("--model-load-retry-count", type=count, default=0, metavar="N",
+        help="how often a version that failed to load is tried again (%(default)s)")  # fmt: skip
     add("--backend-config", action="append", default=[], metavar="onnxruntime,KEY=VALUE",
         help="the one key is default-max-batch-size: for models that name no batch size (4)")  # fmt: skip
     add("--allow-provider-fallback", action="store_true",
@@ -77,6 +83,8 @@ def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}-port", type=port, default=default, metavar="PORT", help="(%(default)s; 0: any that is free)")
         add(f"--{name}-address", metavar="HOST", help="the address to listen on (0.0.0.0)")
         add(f"--allow-{name}", type=switch, default=True, metavar="true|false", help="listen at all (true)")
+    add("--reuse-http-port", type=switch, default=False, metavar="true|false",
+        help="let several servers share the HTTP port (false)")  # fmt: skip
     add("--http-max-input-size", type=whole, default=HTTP_INPUT_BYTES_DEFAULT, metavar="BYTES",
         help="the largest body that a REST request may have, compressed or not (%(default)s)")  # fmt: skip
     add_transport_flags(add)

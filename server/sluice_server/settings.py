@@ -39,6 +39,7 @@ class HttpSettings:
 
     address: str = "0.0.0.0"  # noqa: S104 - as in Triton
     port: int = 8000
+    reuse_port: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,13 @@ class ModelSettings:
     load_models: tuple[str, ...] = ()
     poll_interval_s: float = POLL_INTERVAL_S
     load_threads: int = 4
+    load_retries: int = 0
     auto_complete: bool = True
     default_max_batch_size: int = MAX_BATCH_DEFAULT
     allow_provider_fallback: bool = False
     queue_rows: int = QUEUE_ROWS_DEFAULT
     queue_bytes: int = QUEUE_BYTES_DEFAULT
+    config_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class ServerSettings:
     """Everything that `sluice serve` was told."""
 
     models: ModelSettings
-    grpc: TransportOptions
+    grpc: TransportOptions | None
     http: HttpSettings | None
     metrics: HttpSettings | None
     log: LogOptions
@@ -91,10 +94,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         raise SettingsError("--load-model needs --model-control-mode=explicit: the other modes load every model")
     if args.repository_poll_secs is not None and args.model_control_mode != ControlMode.POLL:
         raise SettingsError("--repository-poll-secs needs --model-control-mode=poll: the other modes do not look")
-    if not args.allow_grpc:
-        raise SettingsError(
-            "--allow-grpc=false is not implemented here: gRPC is always served; --grpc-address=127.0.0.1 hides it"
-        )
+    if not (args.allow_grpc or args.allow_http):
+        raise SettingsError("--allow-grpc=false and --allow-http=false leave nothing to serve with: allow one")
     return ServerSettings(
         models=ModelSettings(
             repositories=tuple(args.model_repository),
@@ -102,14 +103,16 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
             load_models=tuple(args.load_model),
             poll_interval_s=float(args.repository_poll_secs or POLL_INTERVAL_S),
             load_threads=max(1, args.model_load_thread_count),
-            auto_complete=not args.disable_auto_complete_config,
+            load_retries=args.model_load_retry_count,
+            auto_complete=not (args.disable_auto_complete_config or args.strict_model_config),
             default_max_batch_size=_default_max_batch_size(args.backend_config),
             allow_provider_fallback=args.allow_provider_fallback,
             queue_rows=args.default_queue_rows,
             queue_bytes=args.default_queue_bytes,
+            config_name=args.model_config_name,
         ),
-        grpc=transport_options(args, _address(args.grpc_address)),
-        http=HttpSettings(_address(args.http_address), args.http_port) if args.allow_http else None,
+        grpc=transport_options(args, _address(args.grpc_address)) if args.allow_grpc else None,
+        http=_http_settings(args),
         metrics=_metrics_settings(args),
         http_max_input_bytes=args.http_max_input_size,
         log=LogOptions(
@@ -137,6 +140,12 @@ def _address(given: str | None) -> str:
     if not given:
         return "0.0.0.0"  # noqa: S104 - as in Triton: clients are on other hosts
     return given[1:-1] if given.startswith("[") and given.endswith("]") else given
+
+
+def _http_settings(args: argparse.Namespace) -> HttpSettings | None:
+    if not args.allow_http:
+        return None
+    return HttpSettings(_address(args.http_address), args.http_port, args.reuse_http_port)
 
 
 def _metrics_settings(args: argparse.Namespace) -> HttpSettings | None:

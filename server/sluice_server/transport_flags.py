@@ -10,6 +10,7 @@ from sluice_server.flag_values import (
     age_s,
     compression,
     count,
+    intake_threads,
     interval_s,
     message_bytes,
     permissions,
@@ -21,6 +22,7 @@ from sluice_server.transport.choice import TransportChoice
 from sluice_server.transport.options import (
     CONNECTIONS_MAX,
     HEADER_BYTES_MAX,
+    INTAKE_THREADS,
     MESSAGE_BYTES_MAX,
     STREAMS_MAX,
     UNIX_PREFIX,
@@ -72,6 +74,10 @@ _NATIVE_OPTIONS: dict[str, tuple[str, Callable[[str], Any], str, str]] = {
         "stall_timeout_s", time_s, _MS, "without progress of a peer that owes or is owed bytes (60000); native only",
     ),
     "--grpc-max-connections": ("max_connections", positive, _N, f"at the same time ({CONNECTIONS_MAX}); native only"),
+    "--grpc-infer-thread-count": (
+        "intake_threads", intake_threads, _N,
+        f"threads that take requests in turns, and run those that come alone ({INTAKE_THREADS}); native only",
+    ),
 }  # fmt: skip
 
 

@@ -620,3 +620,38 @@ def test_the_stop_says_whose_requests_were_still_running_when_time_was_up(world,
     assert not world.manager.stop(0.01)
     assert [record.model for record in caplog.records if record.levelname == "WARNING"] == ["stuck"]
     world.served("stuck").finished.set()
+
+
+# --- tries again -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("retries", "served"), [(0, False), (1, False), (2, True), (9, True)])
+def test_a_version_that_fails_to_load_is_tried_again_as_often_as_was_asked_for(make_world, retries, served):
+    loader = FailsAtFirst(2)
+    world = make_world(loader, load_retries=retries)
+    write(world.root, "m")
+    assert world.start("m") == ([] if served else ["m"])
+    assert world.index("m") == (
+        READY if served else [("1", "UNAVAILABLE", "Internal: onnx runtime error 7: try again")]
+    )
+    assert len(loader.loads) == min(retries, 2) + 1
+
+
+def test_what_is_written_wrong_is_not_tried_again(make_world):
+    loader = FakeLoader(errors={"m": ConfigError("preferred size is too large", model="m")})
+    world = make_world(loader, load_retries=5)
+    write(world.root, "m")
+    assert world.start("m") == ["m"]
+    assert len(loader.loads) == 1
+
+
+class FailsAtFirst(FakeLoader):
+    """Fails the first so many loads."""
+
+    def __init__(self, failures):
+        super().__init__()
+        self.failures = failures
+
+    def __call__(self, directory, version, config):
+        self.errors = {"m": BackendError(7, "try again")} if len(self.loads) < self.failures else {}
+        return super().__call__(directory, version, config)

@@ -39,6 +39,19 @@ def test_versions_are_positive_decimal_directories_in_rising_order(tmp_path: Pat
     assert Repositories([tmp_path]).find("m") == found
 
 
+def test_a_configuration_that_was_chosen_by_name_comes_first_in_the_models_that_have_it(tmp_path: Path) -> None:
+    for name in ("both", "plain"):
+        make_model(tmp_path, name, "1", config="")
+    (tmp_path / "both" / "configs").mkdir()
+    chosen = tmp_path / "both" / "configs" / "large.pbtxt"
+    chosen.write_text("")
+    repositories = Repositories([tmp_path], "large")
+    assert repositories.find("both").config_path == chosen
+    assert repositories.find("plain").config_path == tmp_path / "plain" / "config.pbtxt"
+    assert Repositories([tmp_path], "small").find("both").config_path == tmp_path / "both" / "config.pbtxt"
+    assert Repositories([tmp_path]).find("both").config_path == tmp_path / "both" / "config.pbtxt"
+
+
 def test_the_model_file_may_stand_in_a_folder_of_its_name_with_its_external_data(tmp_path: Path) -> None:
     make_model(tmp_path, "m", "1")
     folder = tmp_path / "m" / "2" / "model.onnx"

@@ -32,8 +32,9 @@ START_TIMEOUT_S = 30.0
 class HttpListener:
     """One application on one address; port 0 takes any that is free."""
 
-    def __init__(self, app: HttpFront, address: str, port: int) -> None:
+    def __init__(self, app: HttpFront, address: str, port: int, *, reuse_port: bool = False) -> None:
         self._address = address
+        self._reuse_port = reuse_port
         self.port = port
         self.socket: socket.socket | None = None
         config = uvicorn.Config(
@@ -55,7 +56,7 @@ class HttpListener:
     def bind(self) -> None:
         """Take the port, or raise `ListenError`; `port` is then the real one."""
         try:
-            self.socket = listen(self._address, self.port)
+            self.socket = listen(self._address, self.port, reuse_port=self._reuse_port)
         except OSError as error:
             raise ListenError(f"cannot listen on {self._address}:{self.port} for HTTP: {reason(error)}") from error
         # Connections inherit it: the second packet of an answer, its body, must not wait for the client.

@@ -17,6 +17,9 @@ from sluice_server.repository.versions import MAX_VERSION
 
 CONFIG_FILENAME: Final = "config.pbtxt"
 
+CONFIGS_DIRECTORY: Final = "configs"
+"""Has the configurations that `--model-config-name` chooses from, as `<name>.pbtxt`."""
+
 MAX_OVERRIDE_DEPTH: Final = 8
 """Folders in the name of an uploaded file; `<version>/<file>` needs 2, external data seldom more than 3."""
 
@@ -28,7 +31,7 @@ Fingerprint = tuple[tuple[str, int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class ModelDirectory:
-    """One model's directory: `versions` in rising order, `config_path` None without a config.pbtxt."""
+    """One model's directory: `versions` in rising order, `config_path` None without a configuration."""
 
     name: str
     path: Path
@@ -64,9 +67,13 @@ class ModelDirectory:
 class Repositories:
     """The model repositories of a server, read anew from disk on every call."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Raise ConfigError when a path is no directory that can be read, or stands there twice."""
+    def __init__(self, paths: Sequence[Path], config_name: str = "") -> None:
+        """Raise ConfigError when a path is no directory that can be read, or stands there twice.
+
+        With `config_name`, `configs/<config_name>.pbtxt` comes before config.pbtxt in the models that have it.
+        """
         self.paths = tuple(paths)
+        self._config_name = config_name
         seen: set[Path] = set()
         for path in self.paths:
             _list(path)
@@ -105,7 +112,7 @@ class Repositories:
         if len(places) > 1:
             where = " and ".join(f"'{path}'" for path in places)
             raise ConfigError(f"model '{name}' is in several model repositories: {where}; keep one", model=name)
-        return read_directory(name, places[0])
+        return read_directory(name, places[0], self._config_name)
 
 
 def fingerprint(path: Path) -> Fingerprint:
@@ -121,7 +128,7 @@ def check_model_name(name: str) -> None:
         raise InvalidArgument(f"model name must not contain path traversal characters, got {name!r}")
 
 
-def read_directory(name: str, path: Path) -> ModelDirectory:
+def read_directory(name: str, path: Path, config_name: str = "") -> ModelDirectory:
     """Look at a model's directory, in a repository or written by `write_override`."""
     versions = []
     config_path = None
@@ -130,6 +137,9 @@ def read_directory(name: str, path: Path) -> ModelDirectory:
             config_path = path / CONFIG_FILENAME
         elif _is_version(entry.name) and entry.is_dir():
             versions.append(int(entry.name))
+    chosen = path / CONFIGS_DIRECTORY / f"{config_name}.pbtxt"
+    if config_name and chosen.is_file():
+        config_path = chosen
     return ModelDirectory(name, path, config_path, tuple(sorted(versions)))
 
 

@@ -149,14 +149,19 @@ class ModelManager:
         mode: ControlMode = ControlMode.NONE,
         strict_readiness: bool = True,
         load_threads: int = 1,
+        load_retries: int = 0,
         on_readiness: Callable[[str, bool], None] = lambda _name, _ready: None,
     ) -> None:
-        """`on_readiness` hears of each model (and of the server, as `""`) whenever it may have changed."""
+        """`on_readiness` hears of each model (and of the server, as `""`) whenever it may have changed.
+
+        A version that fails to load is tried again `load_retries` times, at once as in Triton.
+        """
         self._repositories = repositories
         self._loader = loader
         self._mode = mode
         self._strict_readiness = strict_readiness
         self._load_threads = load_threads
+        self._load_retries = load_retries
         self._on_readiness = on_readiness
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
@@ -458,7 +463,7 @@ class ModelManager:
         failed: dict[int, str] = {}
         for number in numbers:
             try:
-                loaded[number] = self._loader(directory, number, config)
+                loaded[number] = self._load_one(directory, number, config)
             except ModelLoadError as error:
                 failed[number] = error.reason
             except SluiceError as error:
@@ -467,6 +472,18 @@ class ModelManager:
                 family = "Invalid argument" if isinstance(error, InvalidArgument) else "Internal"
                 failed[number] = f"{family}: {error}"
         return failed
+
+    def _load_one(self, directory: ModelDirectory, number: int, config: ModelConfig | None) -> ServedModel:
+        """Load one version, again when that failed for what may be different the next time."""
+        for _ in range(self._load_retries):
+            try:
+                return self._loader(directory, number, config)
+            except ConfigError:
+                raise
+            except SluiceError as error:
+                extra = {"model": directory.name, "version": number, "reason": str(error)}
+                logger.warning("model failed to load and is tried again", extra=extra)
+        return self._loader(directory, number, config)
 
     def _give_up(
         self, entry: _Entry, loaded: dict[int, ServedModel], reasons: dict[int, str], *, replacing: bool

@@ -1,8 +1,9 @@
 """The native transport: the Rust extension `sluice_native` behind the seam.
 
-Its own thread owns every socket. Two Python threads take what has arrived, in lists and without the interpreter while
-they wait; one at a time: the other takes its place when it lets go. So the handler is never called by two at once, and
-a thread that has let go may run the batch of a lone request itself. Calls are answered from any thread.
+Its own thread owns every socket. Python threads (two, if not told otherwise) take what has arrived, in lists and
+without the interpreter while they wait; one at a time: another takes its place when it lets go. So the handler is never
+called by two at once, and a thread that has let go may run the batch of a lone request itself. Calls are answered from
+any thread.
 """
 
 from __future__ import annotations
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from sluice_server.transport.options import TransportOptions
 
 logger = logging.getLogger(__name__)
-
-INTAKE_THREADS = 2
-"""One at the intake, and one that runs a lone request: more would only compete for the interpreter."""
 
 CALLS_MAX = 256
 """Calls that go up in one list: their decoding takes a few milliseconds, which the first of them waits for."""
@@ -69,7 +67,7 @@ class NativeTransport:
         self._endpoints: tuple[str, ...] = ()
         self._threads = [
             threading.Thread(target=self._hand_up, name=f"native-intake-{number}", daemon=True)
-            for number in range(INTAKE_THREADS if lends else 1)
+            for number in range(options.intake_threads if lends else 1)
         ]
 
     @property

@@ -33,6 +33,13 @@ STALL_TIMEOUT_S = 60.0
 """For a peer that owes bytes, or does not take ours: longer than any network's hiccup that TCP survives well."""
 
 
+INTAKE_THREADS = 2
+"""One at the intake, and one that runs a lone request: more would only compete for the interpreter."""
+
+INTAKE_THREADS_MAX = 128
+"""Triton's own limit on --grpc-infer-thread-count."""
+
+
 class Compression(StrEnum):
     """How much time responses may take to become smaller, for clients that accept compressed ones."""
 
@@ -92,8 +99,10 @@ class TransportOptions:
     """Of responses; compressed requests are always taken."""
     handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
 
-    # Only the native transport can keep these two.
+    # Only the native transport can keep these.
     stall_timeout_s: float = STALL_TIMEOUT_S
     """A peer that makes no progress for so long, in sending what it began or in taking what is due, is closed."""
     max_connections: int = CONNECTIONS_MAX
     """Further ones are closed when they are accepted."""
+    intake_threads: int = INTAKE_THREADS
+    """Take lists of calls in turns; all but one may run the batches of lone requests meanwhile."""
