@@ -32,6 +32,7 @@ from sluice_server.protocol import health, reflection
 from sluice_server.protocol.dispatch import Dispatcher
 from sluice_server.protocol.log_settings import LogSettings
 from sluice_server.protocol.rest import Rest
+from sluice_server.protocol.restricted import RestrictedHandler
 from sluice_server.protocol.rpcs import EXTENSIONS, SERVICE, ServerIdentity, rpc_table, settings_table
 from sluice_server.protocol.shared_memory import SharedMemory
 from sluice_server.protocol.trace_settings import TraceSettings
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from sluice_server.settings import HttpSettings, ServerSettings
     from sluice_server.status import Code
     from sluice_server.transport import Transport
+    from sluice_server.transport.call import LendingHandler
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,7 @@ class Server:
             self.manager,
             to_status,
             self._version,
+            settings.http_restricted,
         )
         self._listeners = {
             "http": _listener(HttpFront(self._rest, to_status, settings.http_max_input_bytes), settings.http),
@@ -158,9 +161,13 @@ class Server:
             logger.warning(chosen.notice)
         if settings.grpc.tls is not None:
             check_tls(settings.grpc.tls)
+        handler: LendingHandler = self._dispatcher
+        methods = self._dispatcher.methods
+        if settings.grpc_restricted:
+            handler = RestrictedHandler(handler, methods, settings.grpc_restricted)
         if chosen.name == TransportChoice.NATIVE:
-            return NativeTransport(self._dispatcher, self._dispatcher.methods, settings.grpc, lends=True)
-        return GrpcioTransport(self._dispatcher, self._dispatcher.methods, settings.grpc)
+            return NativeTransport(handler, methods, settings.grpc, lends=True)
+        return GrpcioTransport(handler, methods, settings.grpc)
 
     @property
     def http_port(self) -> int:

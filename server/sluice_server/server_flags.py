@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from sluice_server.flag_values import SettingsError, count, file_stem, port, positive, switch, whole
 from sluice_server.repository.manager import ControlMode
+from sluice_server.security.restrictions import GROUPS
 from sluice_server.transport_flags import add_transport_flags
 
 QUEUE_ROWS_DEFAULT = 65_536
@@ -87,6 +88,10 @@ def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
         help="let several servers share the HTTP port (false)")  # fmt: skip
     add("--http-max-input-size", type=whole, default=HTTP_INPUT_BYTES_DEFAULT, metavar="BYTES",
         help="the largest body that a REST request may have, compressed or not (%(default)s)")  # fmt: skip
+    add("--http-restricted-api", action="append", default=[], metavar="GROUP,...:KEY=VALUE",
+        help="take these calls only with the header KEY: VALUE; several allowed, each group in one")  # fmt: skip
+    add("--grpc-restricted-protocol", action="append", default=[], metavar="GROUP,...:KEY=VALUE",
+        help="the same over gRPC, with the header triton-grpc-protocol-KEY; groups: " + ", ".join(GROUPS))  # fmt: skip
     add_transport_flags(add)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sluice_server.flag_values import SettingsError
+from sluice_server.front_flags import grpc_restrictions, http_restrictions
 from sluice_server.observability.logs import LogOptions
 from sluice_server.observability.trace_control import TraceConfig
 from sluice_server.refused_flags import refuse_unimplemented
@@ -27,9 +28,10 @@ from sluice_server.transport_flags import native_flags, transport_options
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from sluice_server.security.restrictions import Restriction
     from sluice_server.transport.options import TransportOptions
 
 
@@ -69,6 +71,9 @@ class ServerSettings:
     http: HttpSettings | None
     metrics: HttpSettings | None
     log: LogOptions
+    grpc_restricted: Mapping[str, Restriction] = field(default_factory=dict)
+    """By the names of RPCs."""
+    http_restricted: Mapping[str, Restriction] = field(default_factory=dict)
     http_max_input_bytes: int = HTTP_INPUT_BYTES_DEFAULT
     transport: TransportChoice = TransportChoice.AUTO
     native_flags: tuple[str, ...] = ()
@@ -114,6 +119,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         grpc=transport_options(args, _address(args.grpc_address)) if args.allow_grpc else None,
         http=_http_settings(args),
         metrics=_metrics_settings(args),
+        grpc_restricted=grpc_restrictions(args),
+        http_restricted=http_restrictions(args),
         http_max_input_bytes=args.http_max_input_size,
         log=LogOptions(
             info=args.log_info,

@@ -11,6 +11,7 @@ from sluice_server import server_flags
 from sluice_server.flag_values import SettingsError
 from sluice_server.refused_flags import REFUSED
 from sluice_server.repository.manager import ControlMode
+from sluice_server.security.restrictions import Restriction
 from sluice_server.settings import HttpSettings, parse_serve
 from sluice_server.transport.choice import TransportChoice
 from sluice_server.transport.options import Compression, TlsFiles, TransportOptions
@@ -18,6 +19,13 @@ from sluice_server.transport.options import Compression, TlsFiles, TransportOpti
 REPOSITORY = "--model-repository=/models"
 
 TLS = ["--grpc-server-cert=c.pem", "--grpc-server-key=k.pem"]
+
+GRPC_KEY = "triton-grpc-protocol-k"
+
+
+def restricted(what: str, header: str, value: str = "v") -> Restriction:
+    return Restriction(what, header, value)
+
 
 # (flags, where in the settings, what stands there)
 FLAGS = [
@@ -109,6 +117,19 @@ FLAGS = [
     (["--http-address=10.0.0.1"], "metrics", HttpSettings("10.0.0.1", 8002)),
     (["--http-address=10.0.0.1", "--metrics-address=::", "--metrics-port=1"], "metrics", HttpSettings("::", 1)),
     (["--allow-metrics=0"], "metrics", None),
+    ([], "grpc_restricted", {}),
+    (["--grpc-restricted-protocol=trace:k=v"], "grpc_restricted", {"TraceSetting": restricted("protocol", GRPC_KEY)}),
+    (
+        ["--grpc-restricted-protocol=trace,logging:k=v", "--grpc-restricted-protocol", "statistics:k=v"],
+        "grpc_restricted",
+        dict.fromkeys(("TraceSetting", "LogSettings", "ModelStatistics"), restricted("protocol", GRPC_KEY)),
+    ),
+    ([], "http_restricted", {}),
+    (
+        ["--http-restricted-api=trace:X-Key=a=b:c"],
+        "http_restricted",
+        {"TraceSetting": restricted("API", "X-Key", "a=b:c")},
+    ),
     ([], "http_max_input_bytes", 64 << 20),
     (["--http-max-input-size=1000"], "http_max_input_bytes", 1000),
     (["--allow-grpc=true"], "grpc.address", "0.0.0.0:8001"),
@@ -163,6 +184,13 @@ WRONG = [
     (["--grpc-infer-thread-count=0"], "--grpc-infer-thread-count"),
     (["--grpc-infer-thread-count=129"], "--grpc-infer-thread-count"),
     (["--transport=grpcio", "--grpc-infer-thread-count=2"], "--grpc-infer-thread-count needs the native transport"),
+    (["--grpc-restricted-protocol=everything:k=v"], "no group 'everything'; there are health, metadata"),
+    (["--grpc-restricted-protocol=trace"], "--grpc-restricted-protocol=trace:"),
+    (["--grpc-restricted-protocol=trace:k"], "--grpc-restricted-protocol=trace:k"),
+    (["--grpc-restricted-protocol=trace:k="], "--grpc-restricted-protocol=trace:k"),
+    (["--grpc-restricted-protocol=trace:k k=v"], "--grpc-restricted-protocol=trace:k k"),
+    (["--http-restricted-api=trace:k=ü"], "--http-restricted-api=trace:k"),
+    (["--http-restricted-api=trace:k=v", "--http-restricted-api=logging,trace:k=v"], "'trace' is restricted twice"),
     (["--reuse-http-port=maybe"], "--reuse-http-port"),
     (["--strict-model-config=yes"], "--strict-model-config"),
     (["--log-format=xml"], "--log-format"),

@@ -19,7 +19,7 @@ from sluice_server.observability.statistics import Outcome
 from sluice_server.protocol import rest_infer, rest_json, rest_routes
 from sluice_server.protocol.openapi import describe
 from sluice_server.protocol.rpcs import path_of
-from sluice_server.status import HTTP_CODES, Code
+from sluice_server.status import HTTP_CODES, Code, Status
 from sluice_server.transport.call import Call
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from sluice_server.protocol.rest_infer import OutputForms
     from sluice_server.protocol.rest_routes import Endpoint, Names, Route
     from sluice_server.repository.manager import ModelManager
-    from sluice_server.status import Status, StatusMapper
+    from sluice_server.security.restrictions import Restriction
+    from sluice_server.status import StatusMapper
     from sluice_server.transport.call import Handler, Metadata
 
 HEAD_LENGTH = "inference-header-content-length"
@@ -169,7 +170,10 @@ class Rest:
         manager: ModelManager,
         to_status: StatusMapper,
         version: str,
+        restricted: Mapping[str, Restriction] | None = None,
     ) -> None:
+        """`restricted` is by the names of RPCs."""
+        self._restricted = restricted or {}
         self.to_status = to_status
         self._handler = handler
         self._manager = manager
@@ -202,10 +206,23 @@ class Rest:
         endpoint = route.endpoints.get("GET" if exchange.verb == "HEAD" else exchange.verb)
         if endpoint is None:
             exchange.answer(_wrong_verb(route))
+        elif self._restricted and not self._admits(exchange, endpoint.rpc):
+            pass
         elif endpoint.rpc is None:
             exchange.answer(HttpAnswer(200, (_JSON,), (self._description,)))
         else:
             self._take(exchange, endpoint, endpoint.rpc, names)
+
+    def _admits(self, exchange: Exchange, rpc: str | None) -> bool:
+        """Let an exchange pass, or refuse it as Triton does; the description goes with the server's metadata."""
+        restriction = self._restricted.get(rpc or "ServerMetadata")
+        if restriction is None or restriction.admits(exchange.headers.items()):
+            return True
+        status = Status(Code.PERMISSION_DENIED, restriction.refusal)
+        if rpc is not None:
+            self.count(path_of(rpc), status.code)
+        exchange.answer(refusal(status))
+        return False
 
     def flush(self) -> None:
         """Hand up the calls that were taken since the last time."""
