@@ -25,6 +25,7 @@ from sluice_server.http.app import HttpFront, Metrics
 from sluice_server.http.server import HttpListener, HttpServer
 from sluice_server.observability import metrics
 from sluice_server.observability.host import HostReader
+from sluice_server.observability.latencies import LatencyOptions, LatencySnapshot
 from sluice_server.observability.logs import LogControl
 from sluice_server.observability.trace_control import TraceControl, TraceMode
 from sluice_server.observability.tracing import create_tracer
@@ -93,11 +94,11 @@ class Server:
         self._tracer = create_tracer(environ, self._version, otlp=settings.trace.otlp if by_settings else None)
         self._traces = TraceControl(settings.trace, self._tracer)
         tracer = None if by_settings else self._tracer
-        self._host = HostReader()
+        self._host = HostReader(interval_ns=settings.metrics_options.interval_ns)
         to_status = StatusMapper(triton_codes=settings.triton_status_codes)
         self._health = health.Health()
         self._reflection = reflection.Reflection((SERVICE.full_name, health.SERVICE.full_name))
-        self.manager = self._create_manager(ModelLoader(settings.models, to_status, self._timer, environ))
+        self.manager = self._create_manager(to_status, environ)
         self._poller = Poller(self.manager.poll, settings.models.poll_interval_s)
         control = ControlPolicy(allow_any=settings.allow_any_control)
         regions = SharedMemory(RegionTable() if settings.allow_client_shm else None, control)
@@ -127,11 +128,12 @@ class Server:
         }
         self._http = HttpServer([listener for listener in self._listeners.values() if listener is not None])
 
-    def _create_manager(self, loader: ModelLoader) -> ModelManager:
-        models = self._settings.models
+    def _create_manager(self, to_status: StatusMapper, environ: Mapping[str, str]) -> ModelManager:
+        models, latencies = self._settings.models, self._settings.metrics_options.latencies
+        kept = latencies if latencies != LatencyOptions() else None
         return ModelManager(
             Repositories(models.repositories, models.config_name),
-            loader,
+            ModelLoader(models, to_status, self._timer, environ, kept),
             mode=models.control_mode,
             strict_readiness=self._settings.strict_readiness,
             load_threads=models.load_threads,
@@ -254,11 +256,14 @@ class Server:
                 pending_requests=len(model.queue),
                 queue_rows=model.queue.rows,
                 queue_bytes=model.queue.size_bytes,
+                latencies=model.statistics.latencies.snapshot() if model.statistics.latencies else LatencySnapshot(),
             )
             for model in self.manager.served()
         ]
         host = self._host.read()
-        return metrics.render(models, metrics.ServerMetrics(self._version, self.rpc_outcomes(), host))
+        return metrics.render(
+            models, metrics.ServerMetrics(self._version, self.rpc_outcomes(), host), self._settings.metrics_options
+        )
 
     def rpc_outcomes(self) -> Mapping[tuple[str, Code], int]:
         """How many calls of each RPC, by its path, have ended with each code, whether over gRPC or REST."""

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 REFUSED: dict[str, str] = {
-    "--allow-cpu-metrics": "the CPU metrics are always there",
-    "--allow-gpu-metrics": "GPU metrics are not there yet",
     "--allow-sagemaker": "the SageMaker front end is not there",
     "--allow-vertex-ai": "the Vertex AI front end is not there",
     "--backend-directory": "there is one backend, ONNX Runtime, and it is built in",
@@ -27,8 +25,6 @@ REFUSED: dict[str, str] = {
     "--host-policy": "host policies are not there",
     "--http-header-forward-pattern": "headers are not forwarded to models",
     "--http-thread-count": "one event loop takes all HTTP requests",
-    "--metrics-config": "the metrics are fixed",
-    "--metrics-interval-ms": "metrics are read at the moment of the scrape",
     "--min-supported-compute-capability": "ONNX Runtime decides which GPUs it can use",
     "--model-load-gpu-limit": "there is no limit on a GPU's memory at load",
     "--model-namespacing": "model names are unique over all repositories",

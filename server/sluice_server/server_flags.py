@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sluice_server.flag_values import SettingsError, count, file_stem, port, positive, switch, whole
+from sluice_server.metrics_flags import add_metrics_flags
 from sluice_server.repository.manager import ControlMode
 from sluice_server.security.restrictions import GROUPS
 from sluice_server.transport_flags import add_transport_flags
@@ -92,6 +93,7 @@ def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
         help="take these calls only with the header KEY: VALUE; several allowed, each group in one")  # fmt: skip
     add("--grpc-restricted-protocol", action="append", default=[], metavar="GROUP,...:KEY=VALUE",
         help="the same over gRPC, with the header triton-grpc-protocol-KEY; groups: " + ", ".join(GROUPS))  # fmt: skip
+    add_metrics_flags(add)
     add_transport_flags(add)
 
 

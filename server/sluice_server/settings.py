@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from sluice_server.flag_values import SettingsError
 from sluice_server.front_flags import grpc_restrictions, http_restrictions
+from sluice_server.metrics_flags import metrics_options
 from sluice_server.observability.logs import LogOptions
+from sluice_server.observability.metrics import MetricsOptions
 from sluice_server.observability.trace_control import TraceConfig
 from sluice_server.refused_flags import refuse_unimplemented
 from sluice_server.repository.manager import ControlMode
@@ -71,6 +73,7 @@ class ServerSettings:
     http: HttpSettings | None
     metrics: HttpSettings | None
     log: LogOptions
+    metrics_options: MetricsOptions = field(default_factory=MetricsOptions)
     grpc_restricted: Mapping[str, Restriction] = field(default_factory=dict)
     """By the names of RPCs."""
     http_restricted: Mapping[str, Restriction] = field(default_factory=dict)
@@ -119,6 +122,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         grpc=transport_options(args, _address(args.grpc_address)) if args.allow_grpc else None,
         http=_http_settings(args),
         metrics=_metrics_settings(args),
+        metrics_options=metrics_options(args),
         grpc_restricted=grpc_restrictions(args),
         http_restricted=http_restrictions(args),
         http_max_input_bytes=args.http_max_input_size,

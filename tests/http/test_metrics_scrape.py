@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from sluice_proto import grpc_service_pb2 as pb
+from sluice_server.observability.latencies import MEASURED, LatencyOptions
+from sluice_server.observability.metrics import MetricsOptions
 from sluice_server.repository.manager import ControlMode
 from support import models
 from support.fakes import eventually, held
@@ -211,3 +213,28 @@ def test_statistics_and_metrics_tell_the_same(server, scrape):
         ("compute_output", durations.compute_output),
     ):
         assert counters[f"nv_inference_{name}_duration_us"] == duration.ns // 1000
+
+
+def test_distributions_of_latencies_agree_with_the_counters(start_server, repository, scrape):
+    models.write_model(repository, "picky", models.gather(), max_batch_size=8)
+    options = MetricsOptions(latencies=LatencyOptions((0.5, 0.999), histogram=True))
+    server = start_server(repository, metrics_options=options, http=None)
+    for call in [server.begin("ModelInfer", ask(server, 1)) for _ in range(9)]:
+        call.result()
+    server.refusal("ModelInfer", ask(server, 77))
+    counters = Counters(scrape(server))
+    for what in MEASURED:
+        name = f"nv_inference_{what}_summary_us"
+        assert counters[f"{name}_count"] == counters["nv_inference_request_success"] == 9
+        assert counters[f"{name}_sum"] == counters[f"nv_inference_{what}_duration_us"]
+        quantiles = counters.by(name, "quantile")
+        assert 0 < quantiles["0.5"] <= quantiles["0.999"]
+    buckets = counters.by("nv_inference_first_response_histogram_ms_bucket", "le")
+    assert buckets["+Inf"] == counters["nv_inference_first_response_histogram_ms_count"] == 9
+    assert list(buckets) == ["100", "500", "2000", "5000", "+Inf"][-len(buckets) :]
+
+
+def test_a_server_that_was_not_asked_for_distributions_keeps_and_shows_none(server, scrape):
+    server.infer(ask(server, 1))
+    assert server.model("picky").statistics.latencies is None
+    assert not [name for name, _ in scrape(server) if "summary" in name or "histogram" in name]

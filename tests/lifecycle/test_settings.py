@@ -9,6 +9,8 @@ import pytest
 
 from sluice_server import server_flags
 from sluice_server.flag_values import SettingsError
+from sluice_server.observability.latencies import LatencyOptions
+from sluice_server.observability.metrics import MetricsOptions
 from sluice_server.refused_flags import REFUSED
 from sluice_server.repository.manager import ControlMode
 from sluice_server.security.restrictions import Restriction
@@ -117,6 +119,22 @@ FLAGS = [
     (["--http-address=10.0.0.1"], "metrics", HttpSettings("10.0.0.1", 8002)),
     (["--http-address=10.0.0.1", "--metrics-address=::", "--metrics-port=1"], "metrics", HttpSettings("::", 1)),
     (["--allow-metrics=0"], "metrics", None),
+    ([], "metrics_options", MetricsOptions()),
+    (["--metrics-interval-ms=250"], "metrics_options.interval_ns", 250_000_000),
+    (["--allow-cpu-metrics=false"], "metrics_options.cpu", False),
+    (["--allow-gpu-metrics=false"], "metrics_options", MetricsOptions()),
+    (["--metrics-config=counter_latencies=false"], "metrics_options.counter_latencies", False),
+    (["--metrics-config=histogram_latencies=true"], "metrics_options.latencies", LatencyOptions((), histogram=True)),
+    (
+        ["--metrics-config", "summary_latencies=true"],
+        "metrics_options.latencies.quantiles",
+        (0.5, 0.9, 0.95, 0.99, 0.999),
+    ),
+    (
+        ["--metrics-config=summary_quantiles=0.5:0.05,0.75:0.01", "--metrics-config=summary_latencies=TRUE"],
+        "metrics_options.latencies.quantiles",
+        (0.5, 0.75),
+    ),
     ([], "grpc_restricted", {}),
     (["--grpc-restricted-protocol=trace:k=v"], "grpc_restricted", {"TraceSetting": restricted("protocol", GRPC_KEY)}),
     (
@@ -191,6 +209,20 @@ WRONG = [
     (["--grpc-restricted-protocol=trace:k k=v"], "--grpc-restricted-protocol=trace:k k"),
     (["--http-restricted-api=trace:k=ü"], "--http-restricted-api=trace:k"),
     (["--http-restricted-api=trace:k=v", "--http-restricted-api=logging,trace:k=v"], "'trace' is restricted twice"),
+    (["--allow-gpu-metrics=true"], "metrics of GPUs are not implemented here"),
+    (["--allow-cpu-metrics=some"], "--allow-cpu-metrics"),
+    (["--metrics-interval-ms=-1"], "--metrics-interval-ms"),
+    (["--metrics-config=gauges=true"], "--metrics-config=gauges=true is not implemented here"),
+    (["--metrics-config=counter_latencies"], "--metrics-config=counter_latencies: expected true or false"),
+    (["--metrics-config=summary_latencies=often"], "--metrics-config=summary_latencies=often"),
+    (["--metrics-config=summary_quantiles=0.5:0.05"], "summary_quantiles needs summary_latencies=true"),
+    *(
+        (
+            ["--metrics-config=summary_latencies=true", f"--metrics-config=summary_quantiles={text}"],
+            f"quantiles={text}:",
+        )
+        for text in ("", "0.5", "0.5:", "half:0.1", "1.5:0.1", "0:0.1", "0.5:2", "0.5:-1", "nan:0.1", "0.5:0.1,0.5:0.2")
+    ),
     (["--reuse-http-port=maybe"], "--reuse-http-port"),
     (["--strict-model-config=yes"], "--strict-model-config"),
     (["--log-format=xml"], "--log-format"),

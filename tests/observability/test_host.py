@@ -51,6 +51,20 @@ def test_a_second_reading_within_one_tick_repeats_the_last_utilisation(proc: Pat
     assert [read(reader).cpu_utilization, read(reader).cpu_utilization] == [0.5, 0.5]
 
 
+def test_a_reading_is_given_again_until_its_interval_is_over(proc: Path) -> None:
+    now_ns = 0
+    reader = HostReader(proc, interval_ns=1000, clock=lambda: now_ns)
+    first = read(reader)
+    (proc / "meminfo").write_text(MEMINFO.replace("400", "300"))
+    now_ns = 999
+    assert read(reader) is first
+    now_ns = 1000
+    assert read(reader).memory_used_bytes == 700 * 1024
+    (proc / "meminfo").write_text(MEMINFO)
+    now_ns = 1999
+    assert read(reader).memory_used_bytes == 700 * 1024
+
+
 @pytest.mark.parametrize("name", ["stat", "meminfo", "self/stat"])
 @pytest.mark.parametrize("content", [None, "", "cpu x\nMemTotal: 1 kB\n"])
 def test_without_a_readable_proc_there_is_no_reading(proc: Path, name: str, content: str | None) -> None:

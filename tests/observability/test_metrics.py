@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from sluice_server.observability.host import HostUsage
-from sluice_server.observability.metrics import BATCH_ROWS_BUCKETS, ModelMetrics, ServerMetrics, render
+from sluice_server.observability.latencies import MEASURED, QUANTILE_ERROR, Latencies, LatencyOptions
+from sluice_server.observability.metrics import (
+    BATCH_ROWS_BUCKETS,
+    MetricsOptions,
+    ModelMetrics,
+    ServerMetrics,
+    render,
+)
 from sluice_server.observability.statistics import FailureReason, ModelStatistics, Outcome
 from sluice_server.status import Code
 
@@ -24,6 +32,9 @@ RPCS = {
     (f"/inference.GRPCInferenceService/{name}", Code.OK): count
     for name, count in (("ModelInfer", 7), ("ServerLive", 1))
 }
+MS = 1_000_000
+MODEL_LABELS = (("model", "digits"), ("version", "1"))
+
 SERVER = ServerMetrics(version="1.2.3", rpcs=RPCS, host=HOST)
 
 NV_MODEL_FAMILIES = [
@@ -120,6 +131,61 @@ def test_durations_are_whole_microseconds_summed_over_requests() -> None:
         ("sluice_queue_bytes", 640),
     ):
         assert lines_of(text, name) == [f"{name}{labels} {value}"]
+
+
+def test_latencies_that_are_switched_off_are_not_there() -> None:
+    text = render([used_model()], SERVER, MetricsOptions(counter_latencies=False)).decode()
+    gone = {f"nv_inference_{what}_duration_us" for what in MEASURED}
+    assert not [line for line in text.splitlines() if any(name in line for name in gone)]
+    assert all(lines_of(render([used_model()], SERVER).decode(), name) for name in gone)
+    assert lines_of(text, "nv_inference_request_success")
+
+
+def test_the_machine_is_not_shown_when_that_is_switched_off_and_the_process_is() -> None:
+    found = {name for name, _ in samples(render([], SERVER, MetricsOptions(cpu=False)).decode())}
+    assert not [name for name in found if name.startswith("nv_cpu_")]
+    assert "process_resident_memory_bytes" in found
+
+
+def test_summaries_have_tritons_samples_and_nan_without_a_request_in_the_window() -> None:
+    latencies = Latencies(LatencyOptions((0.5, 0.99)))
+    before = render([replace(new_model(), latencies=latencies.snapshot())], SERVER).decode()
+    latencies.record([2_000, 100_000], [5, 1_000], 3_000, 4_000, 5_000)
+    text = render([replace(new_model(), latencies=latencies.snapshot())], SERVER).decode()
+    labels = 'model="digits",version="1"'
+    assert "# TYPE nv_inference_request_summary_us summary" in text
+    assert lines_of(text, "nv_inference_request_summary_us_count") == [
+        f"nv_inference_request_summary_us_count{{{labels}}} 2"
+    ]
+    assert lines_of(text, "nv_inference_queue_summary_us_sum") == [f"nv_inference_queue_summary_us_sum{{{labels}}} 1"]
+    assert lines_of(text, "nv_inference_compute_infer_summary_us_sum") == [
+        f"nv_inference_compute_infer_summary_us_sum{{{labels}}} 8"
+    ]
+    found = samples(text)
+    for what, quantile, value_us in (
+        ("request", "0.5", 2),
+        ("request", "0.99", 100),
+        ("queue", "0.5", 0.005),
+        ("compute_input", "0.99", 3),
+        ("compute_output", "0.5", 5),
+    ):
+        key = (f"nv_inference_{what}_summary_us", frozenset({*MODEL_LABELS, ("quantile", quantile)}))
+        assert found[key] == pytest.approx(value_us, rel=QUANTILE_ERROR)
+    assert f'nv_inference_request_summary_us{{{labels},quantile="0.5"}} NaN\n' in before
+
+
+def test_the_histogram_counts_up_to_tritons_bounds() -> None:
+    latencies = Latencies(LatencyOptions(histogram=True))
+    latencies.record([1, 100 * MS, 100 * MS + 1, 2000 * MS, 9000 * MS], [0] * 5, 0, 0, 0)
+    text = render([replace(new_model(), latencies=latencies.snapshot())], SERVER).decode()
+    name, labels = "nv_inference_first_response_histogram_ms", 'model="digits",version="1"'
+    assert lines_of(text, f"{name}_bucket") == [
+        f'{name}_bucket{{{labels},le="{bound}"}} {count}'
+        for bound, count in (("100", 2), ("500", 3), ("2000", 4), ("5000", 4), ("+Inf", 5))
+    ]
+    assert lines_of(text, f"{name}_count") == [f"{name}_count{{{labels}}} 5"]
+    assert lines_of(text, f"{name}_sum") == [f"{name}_sum{{{labels}}} {11200 + 2e-6}"]
+    assert "summary" not in text
 
 
 def test_every_request_is_in_exactly_one_outcome() -> None:

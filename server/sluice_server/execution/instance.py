@@ -147,6 +147,14 @@ class BatchRunner:
             compute_infer_ns=infer_ns,
             compute_output_ns=output_ns,
         )
+        if self._statistics.latencies is not None:
+            self._statistics.latencies.record(
+                [ended_ns - request.call.received_ns for request in batch],
+                [started_ns - request.enqueued_ns for request in batch],
+                input_ns,
+                infer_ns,
+                output_ns,
+            )
         if not sampled:
             return False
         for request in batch:

@@ -19,6 +19,7 @@ from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.session import Session
 from sluice_server.execution.threads import available_cpus, plan_threads
+from sluice_server.observability.latencies import Latencies
 from sluice_server.observability.statistics import ModelStatistics
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
     from sluice_server.execution.threads import ThreadPlan
+    from sluice_server.observability.latencies import LatencyOptions
     from sluice_server.repository.layout import ModelDirectory
     from sluice_server.settings import ModelSettings
     from sluice_server.status import StatusMapper
@@ -137,8 +139,15 @@ class ModelLoader:
     """The manager's loader: a served model from a version on disk."""
 
     def __init__(
-        self, settings: ModelSettings, to_status: StatusMapper, timer: ExpiryTimer, environ: Mapping[str, str]
+        self,
+        settings: ModelSettings,
+        to_status: StatusMapper,
+        timer: ExpiryTimer,
+        environ: Mapping[str, str],
+        latencies: LatencyOptions | None = None,
     ) -> None:
+        """With `latencies` every version keeps those distributions too."""
+        self._latencies = latencies
         self._settings = settings
         self._to_status = to_status
         self._timer = timer
@@ -151,7 +160,8 @@ class ModelLoader:
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
         interface = ModelInterface.of(completed, version, scalars, prepared.labels)
         queue: BatchQueue[InferRequest] = BatchQueue(self._queue_policy(completed))
-        statistics = ModelStatistics()
+        latencies = None if self._latencies is None else Latencies(self._latencies)
+        statistics = ModelStatistics(latencies=latencies)
         runner = BatchRunner(
             Encoder(interface), statistics, self._to_status, has_batch_dimension=interface.max_batch_rows > 0
         )

@@ -5,6 +5,8 @@
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +34,30 @@ class HostReader:
     The first reading's utilisation counts from when the reader was made, later ones count from the reading before.
     """
 
-    def __init__(self, root: Path = Path("/proc")) -> None:
+    def __init__(
+        self, root: Path = Path("/proc"), interval_ns: int = 0, *, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        """A reading is given again until it is `interval_ns` old."""
         self._root = root
+        self._interval_ns = interval_ns
+        self._clock = clock
+        self._last: HostUsage | None = None
+        self._read_ns = 0
         self._lock = threading.Lock()
         self._utilization = 0.0
         self._busy = self._total = 0
-        self.read()
+        self._read()
 
     def read(self) -> HostUsage | None:
         """Give the usage now, or None where there is no such /proc (another operating system, a hardened pod)."""
+        now_ns = self._clock()
+        last = self._last  # two scrapes at the same time may both read: neither waits for the other
+        if last is None or now_ns - self._read_ns >= self._interval_ns:
+            last = self._last = self._read()
+            self._read_ns = now_ns
+        return last
+
+    def _read(self) -> HostUsage | None:
         try:
             memory_total_bytes, memory_used_bytes = self._memory()
             process_cpu_s, process_resident_bytes = self._process()

@@ -1,15 +1,15 @@
-"""Writes the Prometheus text exposition from snapshots, when it is scraped; nothing is kept between scrapes.
+"""Every metric there is, written from snapshots when it is scraped; nothing is kept between scrapes.
 
-The `nv_*` names, labels and meanings are Triton's, so that its dashboards and alerts go on working. They are why the
-writer is ours: prometheus_client appends `_total` to every counter. `sluice_*` is what Triton does not tell.
-
-Format: https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
+The `nv_*` names, labels and meanings are Triton's, so that its dashboards and alerts go on working. `sluice_*` is what
+Triton does not tell.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
+from sluice_server.observability.exposition import Family, Sample, write_family
 from sluice_server.observability.host import HostUsage
+from sluice_server.observability.latencies import HISTOGRAM_MS, MEASURED, LatencyOptions, LatencySnapshot
 from sluice_server.observability.statistics import Duration, ModelSnapshot
 from sluice_server.status import Code
 
@@ -20,6 +20,17 @@ BATCH_ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Upper bounds of `sluice_batch_rows`: powers of two, as batch sizes double in effect; few, as each is a series."""
 
 _NS_PER_US = 1000
+_NS_PER_MS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsOptions:
+    """Which metrics there are. `interval_ns` is how old what is read of the machine may be; 0: read at each scrape."""
+
+    counter_latencies: bool = True
+    latencies: LatencyOptions = field(default_factory=LatencyOptions)
+    cpu: bool = True
+    interval_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,7 @@ class ModelMetrics:
     pending_requests: int
     queue_rows: int
     queue_bytes: int
+    latencies: LatencySnapshot = field(default_factory=LatencySnapshot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,32 +60,16 @@ class ServerMetrics:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
-    value: float
-    labels: Sequence[tuple[str, str]] = ()
-    suffix: str = ""
+class _ModelFamily(Family):
+    samples: Callable[[ModelMetrics], Iterable[Sample]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
-    """One metric: its samples come from one model version, or from the server."""
-
-    name: str
-    kind: str
-    help: str
+class _ServerFamily(Family):
+    samples: Callable[[ServerMetrics], Iterable[Sample]]
 
 
-@dataclass(frozen=True, slots=True)
-class _ModelFamily(_Family):
-    samples: Callable[[ModelMetrics], Iterable[_Sample]]
-
-
-@dataclass(frozen=True, slots=True)
-class _ServerFamily(_Family):
-    samples: Callable[[ServerMetrics], Iterable[_Sample]]
-
-
-def render(models: Iterable[ModelMetrics], server: ServerMetrics) -> bytes:
+def render(models: Iterable[ModelMetrics], server: ServerMetrics, options: MetricsOptions | None = None) -> bytes:
     """Give the body of GET /metrics.
 
     `models` has each loaded model version once; their order is the order of the samples. A metric without any
@@ -81,81 +77,95 @@ def render(models: Iterable[ModelMetrics], server: ServerMetrics) -> bytes:
     """
     models = tuple(models)
     lines: list[str] = []
+    options = options or MetricsOptions()
     for family in _MODEL_FAMILIES:
-        _write(lines, family, (sample for model in models for sample in family.samples(model)))
+        if options.counter_latencies or family.name not in COUNTER_LATENCIES:
+            write_family(lines, family, (sample for model in models for sample in family.samples(model)))
     for server_family in _SERVER_FAMILIES:
-        _write(lines, server_family, server_family.samples(server))
+        if options.cpu or not server_family.name.startswith("nv_cpu_"):
+            write_family(lines, server_family, server_family.samples(server))
     return "".join(lines).encode()
-
-
-def _write(lines: list[str], family: _Family, samples: Iterable[_Sample]) -> None:
-    header = f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.kind}\n"
-    for sample in samples:
-        lines.append(header)
-        header = ""
-        labels = ",".join(f'{name}="{_escape(value)}"' for name, value in sample.labels)
-        lines.append(f"{family.name}{sample.suffix}{{{labels}}} " if labels else f"{family.name}{sample.suffix} ")
-        lines.append(f"{sample.value}\n")
-
-
-def _escape(value: str) -> str:
-    # A lone surrogate (a name from a directory entry that is not UTF-8) has no UTF-8 form.
-    text = value.encode(errors="backslashreplace").decode()
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def _labels(model: ModelMetrics) -> tuple[tuple[str, str], ...]:
     return ("model", model.name), ("version", model.version)
 
 
-def _value(read: Callable[[ModelMetrics], int]) -> Callable[[ModelMetrics], Iterator[_Sample]]:
-    def samples(model: ModelMetrics) -> Iterator[_Sample]:
-        yield _Sample(read(model), _labels(model))
+def _value(read: Callable[[ModelMetrics], int]) -> Callable[[ModelMetrics], Iterator[Sample]]:
+    def samples(model: ModelMetrics) -> Iterator[Sample]:
+        yield Sample(read(model), _labels(model))
 
     return samples
 
 
-def _microseconds(read: Callable[[ModelSnapshot], Duration]) -> Callable[[ModelMetrics], Iterator[_Sample]]:
+def _microseconds(read: Callable[[ModelSnapshot], Duration]) -> Callable[[ModelMetrics], Iterator[Sample]]:
     return _value(lambda model: read(model.snapshot).ns // _NS_PER_US)
 
 
-def _failures(model: ModelMetrics) -> Iterator[_Sample]:
-    for reason, count in model.snapshot.failures.items():
-        yield _Sample(count, (("model", model.name), ("reason", reason.value), ("version", model.version)))
-
-
-def _outcomes(model: ModelMetrics) -> Iterator[_Sample]:
-    for outcome, count in model.snapshot.outcomes.items():
-        yield _Sample(count, (*_labels(model), ("outcome", outcome.value)))
-
-
-def _batch_rows(model: ModelMetrics) -> Iterator[_Sample]:
-    labels, snapshot = _labels(model), model.snapshot
-    for bound in BATCH_ROWS_BUCKETS:
-        count = sum(batch.count for batch in snapshot.batches if batch.rows <= bound)
-        yield _Sample(count, (*labels, ("le", str(bound))), "_bucket")
-    yield _Sample(snapshot.execution_count, (*labels, ("le", "+Inf")), "_bucket")
-    yield _Sample(snapshot.inference_count, labels, "_sum")
-    yield _Sample(snapshot.execution_count, labels, "_count")
-
-
-def _rpcs(server: ServerMetrics) -> Iterator[_Sample]:
-    for (path, code), count in sorted(server.rpcs.items()):
-        _, service, method = path.split("/")
-        yield _Sample(count, (("service", service), ("method", method), ("code", code.name)))
-
-
-def _build_info(server: ServerMetrics) -> Iterator[_Sample]:
-    yield _Sample(1, (("version", server.version),))
-
-
-def _host(read: Callable[[HostUsage], float]) -> Callable[[ServerMetrics], Iterator[_Sample]]:
-    def samples(server: ServerMetrics) -> Iterator[_Sample]:
-        if server.host is not None:
-            yield _Sample(read(server.host))
+def _summary(what: str) -> Callable[[ModelMetrics], Iterator[Sample]]:
+    def samples(model: ModelMetrics) -> Iterator[Sample]:
+        summary, labels = model.latencies.summaries.get(what), _labels(model)
+        if summary is None:
+            return
+        yield Sample(summary.count, labels, "_count")
+        yield Sample(summary.sum_ns // _NS_PER_US, labels, "_sum")
+        for quantile, value_ns in summary.quantiles:
+            yield Sample(round(value_ns / _NS_PER_US, 3), (*labels, ("quantile", f"{quantile:g}")))
 
     return samples
 
+
+def _first_response(model: ModelMetrics) -> Iterator[Sample]:
+    histogram, labels = model.latencies.first_response, _labels(model)
+    if histogram is None:
+        return
+    for bound, count in zip(HISTOGRAM_MS, histogram.at_most, strict=True):
+        yield Sample(count, (*labels, ("le", str(bound))), "_bucket")
+    yield Sample(histogram.count, (*labels, ("le", "+Inf")), "_bucket")
+    yield Sample(histogram.sum_ns / _NS_PER_MS, labels, "_sum")
+    yield Sample(histogram.count, labels, "_count")
+
+
+def _failures(model: ModelMetrics) -> Iterator[Sample]:
+    for reason, count in model.snapshot.failures.items():
+        yield Sample(count, (("model", model.name), ("reason", reason.value), ("version", model.version)))
+
+
+def _outcomes(model: ModelMetrics) -> Iterator[Sample]:
+    for outcome, count in model.snapshot.outcomes.items():
+        yield Sample(count, (*_labels(model), ("outcome", outcome.value)))
+
+
+def _batch_rows(model: ModelMetrics) -> Iterator[Sample]:
+    labels, snapshot = _labels(model), model.snapshot
+    for bound in BATCH_ROWS_BUCKETS:
+        count = sum(batch.count for batch in snapshot.batches if batch.rows <= bound)
+        yield Sample(count, (*labels, ("le", str(bound))), "_bucket")
+    yield Sample(snapshot.execution_count, (*labels, ("le", "+Inf")), "_bucket")
+    yield Sample(snapshot.inference_count, labels, "_sum")
+    yield Sample(snapshot.execution_count, labels, "_count")
+
+
+def _rpcs(server: ServerMetrics) -> Iterator[Sample]:
+    for (path, code), count in sorted(server.rpcs.items()):
+        _, service, method = path.split("/")
+        yield Sample(count, (("service", service), ("method", method), ("code", code.name)))
+
+
+def _build_info(server: ServerMetrics) -> Iterator[Sample]:
+    yield Sample(1, (("version", server.version),))
+
+
+def _host(read: Callable[[HostUsage], float]) -> Callable[[ServerMetrics], Iterator[Sample]]:
+    def samples(server: ServerMetrics) -> Iterator[Sample]:
+        if server.host is not None:
+            yield Sample(read(server.host))
+
+    return samples
+
+
+COUNTER_LATENCIES = frozenset(f"nv_inference_{what}_duration_us" for what in MEASURED)
+"""What `--metrics-config counter_latencies=false` switches off."""
 
 _MODEL_FAMILIES = (
     _ModelFamily(
@@ -217,6 +227,21 @@ _MODEL_FAMILIES = (
         "gauge",
         "Requests that are accepted and not yet executing",
         _value(lambda model: model.pending_requests),
+    ),
+    *(
+        _ModelFamily(
+            f"nv_inference_{what}_summary_us",
+            "summary",
+            f"Quantiles over the last minute, count and sum of what nv_inference_{what}_duration_us counts",
+            _summary(what),
+        )
+        for what in MEASURED
+    ),
+    _ModelFamily(
+        "nv_inference_first_response_histogram_ms",
+        "histogram",
+        "Time from a request to its answer, in milliseconds",
+        _first_response,
     ),
     _ModelFamily("sluice_requests_total", "counter", "Requests to the model by how they ended", _outcomes),
     _ModelFamily("sluice_batch_rows", "histogram", "Rows of the batches that were executed", _batch_rows),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from sluice_proto import grpc_service_pb2
+from sluice_server.observability.latencies import Latencies
 
 _NS_PER_MS = 1_000_000
 
@@ -99,7 +100,10 @@ class ModelSnapshot:
 
 
 class ModelStatistics:
-    """The counters of one model version. `wall_ns` gives nanoseconds since the epoch, for `last_inference`."""
+    """The counters of one model version. `wall_ns` gives nanoseconds since the epoch, for `last_inference`.
+
+    `latencies` are the distributions that a server may have been asked for: who records a batch records it there too.
+    """
 
     __slots__ = (
         "_batches",
@@ -117,9 +121,11 @@ class ModelStatistics:
         "_rows",
         "_success_ns",
         "_wall_ns",
+        "latencies",
     )
 
-    def __init__(self, *, wall_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, *, wall_ns: Callable[[], int] = time.time_ns, latencies: Latencies | None = None) -> None:
+        self.latencies = latencies
         self._wall_ns = wall_ns
         self._lock = threading.Lock()
         self._rows = self._executions = self._requests = self._last_inference_ns = 0
