@@ -49,13 +49,14 @@ from sluice_server.transport.native import NativeTransport
 from sluice_server.transport.none import NoTransport
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable, Mapping
 
     from sluice_server.protocol.rpcs import Rpc
     from sluice_server.settings import HttpSettings, ServerSettings
     from sluice_server.status import Code
     from sluice_server.transport import Transport
-    from sluice_server.transport.call import LendingHandler
+    from sluice_server.transport.call import Call, LendingHandler
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,6 @@ class Server:
         by_settings = settings.trace.mode is TraceMode.OPENTELEMETRY
         self._tracer = create_tracer(environ, self._version, otlp=settings.trace.otlp if by_settings else None)
         self._traces = TraceControl(settings.trace, self._tracer)
-        tracer = None if by_settings else self._tracer
         self._host = HostReader(interval_ns=settings.metrics_options.interval_ns)
         to_status = StatusMapper(triton_codes=settings.triton_status_codes)
         self._health = health.Health()
@@ -103,20 +103,17 @@ class Server:
         control = ControlPolicy(allow_any=settings.allow_any_control)
         regions = SharedMemory(RegionTable() if settings.allow_client_shm else None, control)
         rpcs = self._create_rpcs(control, regions)
-        self._dispatcher = Dispatcher(
-            self.manager,
+        self._dispatcher = self._create_dispatcher(
             {**rpcs, health.CHECK: self._health.check},
             to_status,
-            self._slow_pool,
-            tracer,
-            streams={health.WATCH: self._health.watch, reflection.INFO: self._reflection.answer},
-            regions=regions,
-            traces=self._traces,
+            regions,
+            settings.grpc_header_pattern,
+            {health.WATCH: self._health.watch, reflection.INFO: self._reflection.answer},
         )
         self.transport = self._create_transport()
         # REST has a dispatcher of its own, as each is for one thread.
         self._rest = Rest(
-            Dispatcher(self.manager, rpcs, to_status, self._slow_pool, tracer, regions=regions, traces=self._traces),
+            self._create_dispatcher(rpcs, to_status, regions, settings.http_header_pattern),
             self.manager,
             to_status,
             self._version,
@@ -139,6 +136,30 @@ class Server:
             load_threads=models.load_threads,
             load_retries=models.load_retries,
             on_readiness=self._set_serving,
+        )
+
+    def _create_dispatcher(
+        self,
+        rpcs: Mapping[str, Rpc],
+        to_status: StatusMapper,
+        regions: SharedMemory,
+        forward: re.Pattern[str] | None,
+        streams: Mapping[str, Callable[[Call], None]] | None = None,
+    ) -> Dispatcher:
+        if forward is not None and self._tracer is None and not self._traces.traces:
+            logger.warning("headers are forwarded to traces only, and nothing is traced (--trace-config)")
+        # Where the settings choose whom to trace, the environment's sampler is not asked.
+        tracer = None if self._settings.trace.mode is TraceMode.OPENTELEMETRY else self._tracer
+        return Dispatcher(
+            self.manager,
+            rpcs,
+            to_status,
+            self._slow_pool,
+            tracer,
+            streams=streams,
+            regions=regions,
+            traces=self._traces,
+            forward=forward,
         )
 
     def _create_rpcs(self, control: ControlPolicy, regions: SharedMemory) -> Mapping[str, Rpc]:

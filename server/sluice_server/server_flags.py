@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sluice_server.flag_values import SettingsError, count, file_stem, port, positive, switch, whole
+from sluice_server.front_flags import grpc_header_pattern, http_header_pattern
 from sluice_server.metrics_flags import add_metrics_flags
 from sluice_server.repository.manager import ControlMode
 from sluice_server.security.restrictions import GROUPS
@@ -93,6 +94,9 @@ def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
         help="take these calls only with the header KEY: VALUE; several allowed, each group in one")  # fmt: skip
     add("--grpc-restricted-protocol", action="append", default=[], metavar="GROUP,...:KEY=VALUE",
         help="the same over gRPC, with the header triton-grpc-protocol-KEY; groups: " + ", ".join(GROUPS))  # fmt: skip
+    for name, pattern in (("http", http_header_pattern), ("grpc", grpc_header_pattern)):
+        add(f"--{name}-header-forward-pattern", type=pattern, metavar="REGEX",
+            help="headers whose names match become parameters of their requests, which traces show")  # fmt: skip
     add_metrics_flags(add)
     add_transport_flags(add)
 

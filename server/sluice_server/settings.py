@@ -30,6 +30,7 @@ from sluice_server.transport_flags import native_flags, transport_options
 
 if TYPE_CHECKING:
     import argparse
+    import re
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
@@ -77,6 +78,9 @@ class ServerSettings:
     grpc_restricted: Mapping[str, Restriction] = field(default_factory=dict)
     """By the names of RPCs."""
     http_restricted: Mapping[str, Restriction] = field(default_factory=dict)
+    grpc_header_pattern: re.Pattern[str] | None = None
+    http_header_pattern: re.Pattern[str] | None = None
+    """Names of headers that become parameters of their requests."""
     http_max_input_bytes: int = HTTP_INPUT_BYTES_DEFAULT
     transport: TransportChoice = TransportChoice.AUTO
     native_flags: tuple[str, ...] = ()
@@ -125,6 +129,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         metrics_options=metrics_options(args),
         grpc_restricted=grpc_restrictions(args),
         http_restricted=http_restrictions(args),
+        grpc_header_pattern=args.grpc_header_forward_pattern,
+        http_header_pattern=args.http_header_forward_pattern,
         http_max_input_bytes=args.http_max_input_size,
         log=LogOptions(
             info=args.log_info,

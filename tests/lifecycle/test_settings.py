@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,11 @@ FLAGS = [
         "grpc_restricted",
         dict.fromkeys(("TraceSetting", "LogSettings", "ModelStatistics"), restricted("protocol", GRPC_KEY)),
     ),
+    ([], "grpc_header_pattern", None),
+    (["--grpc-header-forward-pattern="], "grpc_header_pattern", None),
+    (["--grpc-header-forward-pattern", "PREFIX_.*"], "grpc_header_pattern", re.compile("PREFIX_.*", re.IGNORECASE)),
+    (["--grpc-header-forward-pattern=(?-i)x"], "grpc_header_pattern", re.compile("x")),
+    (["--http-header-forward-pattern=^x-"], "http_header_pattern", re.compile("^x-", re.IGNORECASE)),
     ([], "http_restricted", {}),
     (
         ["--http-restricted-api=trace:X-Key=a=b:c"],
@@ -209,6 +215,9 @@ WRONG = [
     (["--grpc-restricted-protocol=trace:k k=v"], "--grpc-restricted-protocol=trace:k k"),
     (["--http-restricted-api=trace:k=ü"], "--http-restricted-api=trace:k"),
     (["--http-restricted-api=trace:k=v", "--http-restricted-api=logging,trace:k=v"], "'trace' is restricted twice"),
+    (["--grpc-header-forward-pattern=x["], "'x[' is no regular expression: unterminated character set"),
+    (["--http-header-forward-pattern=(?P<"], "--http-header-forward-pattern"),
+    (["--http-header-forward-pattern=(?-i)X-"], "(?-i) cannot be kept"),
     (["--allow-gpu-metrics=true"], "metrics of GPUs are not implemented here"),
     (["--allow-cpu-metrics=some"], "--allow-cpu-metrics"),
     (["--metrics-interval-ms=-1"], "--metrics-interval-ms"),

@@ -18,7 +18,7 @@ from sluice_server.observability.trace_sampling import TraceOptions, TraceSample
 from sluice_server.observability.tracing import OtlpOptions, TracingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -146,6 +146,7 @@ class FileTrace:
         compute_input_ns: int = 0,
         compute_infer_ns: int = 0,
         compute_output_ns: int = 0,
+        parameters: Mapping[str, str] | None = None,
     ) -> None:
         """End the trace and have it written; the arguments are those of `RequestTrace.finish`."""
         del code, batch_rows  # Triton's files have no place for them
@@ -165,5 +166,7 @@ class FileTrace:
         moments.append(("REQUEST_END", ended_ns))
         moments += [(f"{self._front}_SEND_START", ended_ns), (f"{self._front}_SEND_END", time.monotonic_ns())]
         timed = "TIMESTAMPS" in self._sample.levels
-        record = TraceRecord(self._id, model, int(version or -1), request_id, moments if timed else [], self._tensors)
+        record = TraceRecord(
+            self._id, model, int(version or -1), request_id, moments if timed else [], self._tensors, parameters or {}
+        )
         self._writer.put(record, scope=self._sample.scope, log_frequency=self._sample.log_frequency)

@@ -3,7 +3,8 @@
 A file is one JSON array, whole after each trace: the closing bracket is overwritten by what follows. Of each trace
 there are
 
-    {"id": 1, "model_name": "digits", "model_version": 2, "request_id": "if the client gave one"}
+    {"id": 1, "model_name": "digits", "model_version": 2, "request_id": "if the client gave one",
+     "parameters": {"x-team": "headers that were forwarded, if any; Triton's files do not have them"}}
     {"id": 1, "timestamps": [{"name": "REQUEST_START", "ns": 4711}, ...]}
     {"id": 1, "activity": "TENSOR_QUEUE_INPUT", "tensor": {"name": "X", "data": "1,2", "shape": "1,2", "dtype": "FP32"}}
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from sluice_proto.tensors import of_array
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
     from typing import BinaryIO
 
@@ -35,7 +37,7 @@ PENDING_MAX = 4096
 """Traces that wait for the disk; further ones are lost, as a disk that stands must not hold requests up."""
 
 PENDING_BYTES_MAX = 64 << 20
-"""Bytes of the tensors in them."""
+"""Bytes of the tensors and parameters in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +59,21 @@ class TraceRecord:
     request_id: str
     timestamps: list[tuple[str, int]]
     tensors: list[TensorRecord] = field(default_factory=list)
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
-        """What the tensors hold in memory."""
-        return sum(tensor.array.nbytes for tensor in self.tensors)
+        """What the tensors and parameters hold in memory."""
+        texts = sum(len(name) + len(value) for name, value in self.parameters.items())
+        return texts + sum(tensor.array.nbytes for tensor in self.tensors)
 
     def encode(self) -> bytes:
         """The members of the file's array, without its brackets."""
         head: dict[str, Any] = {"id": self.id, "model_name": self.model, "model_version": self.version}
         if self.request_id:
             head["request_id"] = self.request_id
+        if self.parameters:
+            head["parameters"] = dict(self.parameters)
         entries = [head]
         if self.timestamps:
             entries.append({"id": self.id, "timestamps": [{"name": name, "ns": ns} for name, ns in self.timestamps]})

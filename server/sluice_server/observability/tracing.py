@@ -206,12 +206,14 @@ class RequestTrace:
         compute_input_ns: int = 0,
         compute_infer_ns: int = 0,
         compute_output_ns: int = 0,
+        parameters: Mapping[str, str] | None = None,
     ) -> None:
         """End the request's span with what became of it; all moments are on the monotonic clock.
 
         `enqueued_ns` is None for a request that never was in the queue, `started_ns` (the start of its batch's
         execution) for one that never ran. The `queue` span lasts from the one to the other, or to the end; the
-        `compute` span begins at `started_ns` and lasts as long as the batch's three compute times together.
+        `compute` span begins at `started_ns` and lasts as long as the batch's three compute times together. Of
+        `parameters`, headers that were forwarded, each is an attribute.
         """
         span, spans = self._span, self._spans
         if model:
@@ -219,6 +221,8 @@ class RequestTrace:
             span.set_attribute("sluice.model.version", version)
         if request_id:
             span.set_attribute("sluice.request.id", request_id)
+        for name, value in (parameters or {}).items():
+            span.set_attribute(f"sluice.request.parameter.{name}", value)
         if enqueued_ns is not None:
             spans.child(span, "queue", enqueued_ns, ended_ns if started_ns is None else started_ns)
         if started_ns is not None:

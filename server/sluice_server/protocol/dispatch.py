@@ -16,11 +16,13 @@ from sluice_server.observability.statistics import Outcome
 from sluice_server.observability.trace_control import TraceConfig, TraceControl
 from sluice_server.protocol import shared_memory
 from sluice_server.protocol.decode_cache import DecodeCache
+from sluice_server.protocol.forwarding import forwarded
 from sluice_server.protocol.rpcs import SERVICE, name_of, path_of
 from sluice_server.protocol.streams import InferStreams
 from sluice_server.protocol.traced import TracedCall
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Executor
 
@@ -53,12 +55,14 @@ class Dispatcher:
         streams: Mapping[str, Callable[[Call], None]] | None = None,
         regions: SharedMemory = shared_memory.OFF,
         traces: TraceControl | None = None,
+        forward: re.Pattern[str] | None = None,
     ) -> None:
         """`rpcs` and `streams` are by the paths of their methods; the latter are given each message of a stream.
 
         `regions` is the shared memory that requests may name. `tracer` traces every request that it samples itself,
-        `traces` those that the trace settings choose.
+        `traces` those that the trace settings choose. Headers that match `forward` are told in both.
         """
+        self._forward = forward
         self._manager = manager
         self._rpcs = rpcs
         self._to_status = to_status
@@ -115,6 +119,8 @@ class Dispatcher:
                 call = self._chosen(call, model.interface.name)
             if call.sampled:
                 call.describe(model=model.interface.name, version=model.interface.version)
+                if self._forward is not None:
+                    call.describe(parameters=forwarded(self._forward, call.metadata))
             request = self._decode_cache.decode(parsed, model.interface, call)
             if call.sampled:
                 call.describe(request_id=request.id)
