@@ -123,7 +123,8 @@ class Server:
             "http": _listener(HttpFront(self._rest, to_status, settings.http_max_input_bytes), settings.http),
             "metrics": _listener(HttpFront(Metrics(self.render_metrics), to_status), settings.metrics),
         }
-        self._http = HttpServer([listener for listener in self._listeners.values() if listener is not None])
+        listeners = [listener for listener in self._listeners.values() if listener is not None]
+        self._http = HttpServer(listeners, settings.http_workers)
 
     def _create_manager(self, to_status: StatusMapper, environ: Mapping[str, str]) -> ModelManager:
         models, latencies = self._settings.models, self._settings.metrics_options.latencies

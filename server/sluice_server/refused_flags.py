@@ -22,7 +22,6 @@ REFUSED: dict[str, str] = {
     "--grpc-infer-allocation-pool-size": "there is no pool of request objects",
     "--grpc-max-response-pool-size": "there is no pool of response objects",
     "--host-policy": "host policies are not there",
-    "--http-thread-count": "one event loop takes all HTTP requests",
     "--min-supported-compute-capability": "ONNX Runtime decides which GPUs it can use",
     "--model-load-gpu-limit": "there is no limit on a GPU's memory at load",
     "--model-namespacing": "model names are unique over all repositories",

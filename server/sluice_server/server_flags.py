@@ -29,6 +29,10 @@ HTTP_INPUT_BYTES_DEFAULT = 64 << 20
 """Triton's default of --http-max-input-size."""
 
 
+HTTP_WORKERS_DEFAULT = 8
+"""Triton's default of --http-thread-count."""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, except that a wrong command line raises."""
 
@@ -94,6 +98,8 @@ def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
         help="take these calls only with the header KEY: VALUE; several allowed, each group in one")  # fmt: skip
     add("--grpc-restricted-protocol", action="append", default=[], metavar="GROUP,...:KEY=VALUE",
         help="the same over gRPC, with the header triton-grpc-protocol-KEY; groups: " + ", ".join(GROUPS))  # fmt: skip
+    add("--http-thread-count", type=positive, default=HTTP_WORKERS_DEFAULT, metavar="N",
+        help="threads that (de)compress large bodies, beside the one that serves HTTP (%(default)s)")  # fmt: skip
     for name, pattern in (("http", http_header_pattern), ("grpc", grpc_header_pattern)):
         add(f"--{name}-header-forward-pattern", type=pattern, metavar="REGEX",
             help="headers whose names match become parameters of their requests, which traces show")  # fmt: skip

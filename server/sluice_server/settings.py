@@ -18,6 +18,7 @@ from sluice_server.refused_flags import refuse_unimplemented
 from sluice_server.repository.manager import ControlMode
 from sluice_server.server_flags import (
     HTTP_INPUT_BYTES_DEFAULT,
+    HTTP_WORKERS_DEFAULT,
     MAX_BATCH_DEFAULT,
     POLL_INTERVAL_S,
     QUEUE_BYTES_DEFAULT,
@@ -81,6 +82,7 @@ class ServerSettings:
     grpc_header_pattern: re.Pattern[str] | None = None
     http_header_pattern: re.Pattern[str] | None = None
     """Names of headers that become parameters of their requests."""
+    http_workers: int = HTTP_WORKERS_DEFAULT
     http_max_input_bytes: int = HTTP_INPUT_BYTES_DEFAULT
     transport: TransportChoice = TransportChoice.AUTO
     native_flags: tuple[str, ...] = ()
@@ -109,20 +111,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
     if not (args.allow_grpc or args.allow_http):
         raise SettingsError("--allow-grpc=false and --allow-http=false leave nothing to serve with: allow one")
     return ServerSettings(
-        models=ModelSettings(
-            repositories=tuple(args.model_repository),
-            control_mode=ControlMode(args.model_control_mode),
-            load_models=tuple(args.load_model),
-            poll_interval_s=float(args.repository_poll_secs or POLL_INTERVAL_S),
-            load_threads=max(1, args.model_load_thread_count),
-            load_retries=args.model_load_retry_count,
-            auto_complete=not (args.disable_auto_complete_config or args.strict_model_config),
-            default_max_batch_size=_default_max_batch_size(args.backend_config),
-            allow_provider_fallback=args.allow_provider_fallback,
-            queue_rows=args.default_queue_rows,
-            queue_bytes=args.default_queue_bytes,
-            config_name=args.model_config_name,
-        ),
+        models=_model_settings(args),
         grpc=transport_options(args, _address(args.grpc_address)) if args.allow_grpc else None,
         http=_http_settings(args),
         metrics=_metrics_settings(args),
@@ -131,6 +120,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         http_restricted=http_restrictions(args),
         grpc_header_pattern=args.grpc_header_forward_pattern,
         http_header_pattern=args.http_header_forward_pattern,
+        http_workers=args.http_thread_count,
         http_max_input_bytes=args.http_max_input_size,
         log=LogOptions(
             info=args.log_info,
@@ -150,6 +140,23 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         allow_any_control=args.allow_control == "any",
         allow_client_shm=args.allow_client_shm,
         trace=trace_config(args.trace_config),
+    )
+
+
+def _model_settings(args: argparse.Namespace) -> ModelSettings:
+    return ModelSettings(
+        repositories=tuple(args.model_repository),
+        control_mode=ControlMode(args.model_control_mode),
+        load_models=tuple(args.load_model),
+        poll_interval_s=float(args.repository_poll_secs or POLL_INTERVAL_S),
+        load_threads=max(1, args.model_load_thread_count),
+        load_retries=args.model_load_retry_count,
+        auto_complete=not (args.disable_auto_complete_config or args.strict_model_config),
+        default_max_batch_size=_default_max_batch_size(args.backend_config),
+        allow_provider_fallback=args.allow_provider_fallback,
+        queue_rows=args.default_queue_rows,
+        queue_bytes=args.default_queue_bytes,
+        config_name=args.model_config_name,
     )
 
 

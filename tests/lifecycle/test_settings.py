@@ -148,6 +148,8 @@ FLAGS = [
     (["--grpc-header-forward-pattern", "PREFIX_.*"], "grpc_header_pattern", re.compile("PREFIX_.*", re.IGNORECASE)),
     (["--grpc-header-forward-pattern=(?-i)x"], "grpc_header_pattern", re.compile("x")),
     (["--http-header-forward-pattern=^x-"], "http_header_pattern", re.compile("^x-", re.IGNORECASE)),
+    ([], "http_workers", 8),
+    (["--http-thread-count=2"], "http_workers", 2),
     ([], "http_restricted", {}),
     (
         ["--http-restricted-api=trace:X-Key=a=b:c"],
@@ -218,6 +220,7 @@ WRONG = [
     (["--grpc-header-forward-pattern=x["], "'x[' is no regular expression: unterminated character set"),
     (["--http-header-forward-pattern=(?P<"], "--http-header-forward-pattern"),
     (["--http-header-forward-pattern=(?-i)X-"], "(?-i) cannot be kept"),
+    (["--http-thread-count=0"], "--http-thread-count"),
     (["--allow-gpu-metrics=true"], "metrics of GPUs are not implemented here"),
     (["--allow-cpu-metrics=some"], "--allow-cpu-metrics"),
     (["--metrics-interval-ms=-1"], "--metrics-interval-ms"),

@@ -1,4 +1,4 @@
-"""Serves the HTTP applications on uvicorn: one thread and one event loop for all of them, off the inference path."""
+"""Serves the HTTP applications on uvicorn: one event loop for all of them, and threads for large bodies."""
 
 from __future__ import annotations
 
@@ -76,8 +76,10 @@ class HttpListener:
 class HttpServer:
     """Runs listeners until `stop`."""
 
-    def __init__(self, listeners: Sequence[HttpListener]) -> None:
+    def __init__(self, listeners: Sequence[HttpListener], workers: int) -> None:
+        """`workers` is how many threads there may be beside the event loop's for what its applications hand off."""
         self._listeners = listeners
+        self._workers = workers
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self._started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
 
@@ -101,5 +103,7 @@ class HttpServer:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
-        self._started.set_result(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(self._workers, "http-worker"))
+        self._started.set_result(loop)
         await asyncio.gather(*(listener.serve() for listener in self._listeners))
