@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import urllib.request
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from processes import serve
 
 from sluice_server.lifecycle import Server
 from sluice_server.settings import HttpSettings
@@ -89,3 +91,34 @@ def test_as_many_threads_take_requests_as_were_asked_for(count, echo):
         many = [server.begin("ModelInfer", request) for _ in range(50)]
         answers = [*lone, *(call.result() for call in many)]
     assert {answer.raw_output_contents[0] for answer in answers} == {ROWS.tobytes()}
+
+
+def test_a_start_script_with_many_of_tritons_flags_serves(transport, echo, tmp_path):
+    native = ("--grpc-infer-thread-count=4",) if transport == "native" else ()
+    flags = (
+        f"--model-repository={echo}",
+        f"--transport={transport}",
+        "--strict-model-config=false",
+        "--model-load-retry-count=1",
+        "--model-config-name=large",
+        "--http-thread-count=4",
+        "--reuse-http-port=true",
+        "--metrics-interval-ms=1000",
+        "--metrics-config=summary_latencies=true",
+        "--metrics-config=summary_quantiles=0.5:0.05,0.9:0.01",
+        "--allow-gpu-metrics=false",
+        "--http-restricted-api=model-repository,trace:admin-key=admin-value",
+        "--grpc-restricted-protocol=model-repository,trace:admin-key=admin-value",
+        "--http-header-forward-pattern=x-.*",
+        "--grpc-header-forward-pattern",
+        "x-.*",
+        "--trace-config=level=TIMESTAMPS",
+        "--trace-config=rate=1",
+        f"--trace-config=triton,file={tmp_path / 'trace.json'}",
+        *native,
+    )
+    with serve(*flags) as server:
+        serving = server.wait_for("server is serving")
+        assert np.array_equal(infer_over_rest(serving["http"]), ROWS)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
