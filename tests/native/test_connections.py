@@ -142,12 +142,13 @@ def test_clients_that_are_killed_in_the_middle_of_anything_leave_nothing(serve: 
     with unharmed(served.target):
         clients = [served.connect().greeted() for _ in range(10)]
         for client in clients:
-            client.call(HOLD, b"in the middle of a request that runs")
             client.data(client.open(ECHO), message(b"in the middle of a request's body", length=1 << 20))
             client.data(client.open(ECHO_STREAM), message(b"in the middle of a stream"))
             client.data(client.open(ECHO_STREAM), message(b"of a stream's message", length=1 << 20))
             client.data(client.open(TALK), message(b"10"))
             client.call(LARGE, b"10000000")
+            # The last one: when it runs, what was sent before it has been handed up too.
+            client.call(HOLD, b"in the middle of a request that runs")
         eventually(lambda: len(served.answering.held) == 10, "the requests run")
         for client in clients:
             client.vanish()
