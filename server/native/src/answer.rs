@@ -60,7 +60,9 @@ fn counted(bytes: Bytes, connection: &Arc<Connection>, credit: Option<Arc<Semaph
         return bytes;
     }
     connection.unsent.fetch_add(bytes.len(), Ordering::Relaxed);
-    Bytes::from_owner(Counted { bytes, connection: Arc::clone(connection), credit })
+    let bytes = Bytes::from_owner(Counted { bytes, connection: Arc::clone(connection), credit });
+    connection.lender.note(&bytes);
+    bytes
 }
 
 /// Takes answers from the outbox, and ends calls whose deadline has passed, for as long as the server runs.

@@ -20,8 +20,9 @@ use crate::options::Options;
 use crate::receive;
 use crate::shared::{Client, Connection, Counted, Item, Shared, lock};
 
-/// Of one stream: a message of 600 KB arrives without a round trip in its middle.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+/// Of one stream: a message of 600 KB arrives without a round trip in its middle, and, as windows are opened again when
+/// half of them is used, with no update behind it either.
+const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 
 /// Of a whole connection: some large messages at once, and a bound on what one peer makes us buffer.
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
@@ -97,6 +98,7 @@ where
         client: Arc::new(client),
         traffic,
         unsent: AtomicUsize::new(0),
+        lender: flusher.lender(),
         inflating: Arc::new(Semaphore::new(1)),
     });
     let mut serving = Serving::new(connection, handle, http2, flusher);
@@ -212,16 +214,16 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
         }
         self.connection.traffic.set_busy(self.http2.has_streams());
         self.handle.wait(context);
+        if let Poll::Ready(Err(_)) = self.flusher.poll_flush(context) {
+            return Poll::Ready(());
+        }
         while self.timer.as_mut().poll(context).is_ready() {
             match self.check(Instant::now(), context) {
                 Some(next) => self.timer.as_mut().reset(next.into()),
                 None => return Poll::Ready(()),
             }
         }
-        match self.flusher.poll_flush(context) {
-            Poll::Ready(Err(_)) => Poll::Ready(()),
-            _ => Poll::Pending,
-        }
+        Poll::Pending
     }
 
     /// Takes what has come; true when the connection is over.
@@ -311,7 +313,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
             self.stalled = None;
             return None;
         }
-        let taken = self.connection.traffic.bytes_written();
+        let taken = self.flusher.sent();
         match self.stalled {
             Some((_, before)) if taken - before < PROGRESS_BYTES_MIN => {}
             _ => self.stalled = Some((now, taken)),

@@ -25,7 +25,7 @@ use http::HeaderMap;
 use pyo3::prelude::*;
 use tokio::sync::{Notify, Semaphore};
 
-use crate::buffered::Spare;
+use crate::buffered::{Lender, Spare};
 use crate::compression::Encoding;
 use crate::meter::Traffic;
 use crate::options::Options;
@@ -226,6 +226,8 @@ pub struct Connection {
     pub traffic: Arc<Traffic>,
     /// Bytes of answers that HTTP/2 holds: handed over, and neither written nor dropped.
     pub unsent: AtomicUsize,
+    /// Told of answers that are to be written from where they are.
+    pub lender: Lender,
     /// One permit: who has it may have a message decompressed on another thread. The others of the connection wait
     /// here, and not in the queue for those threads, which has place for every connection.
     pub inflating: Arc<Semaphore>,
