@@ -70,10 +70,7 @@ pub async fn run(shared: Arc<Shared>) {
     let mut ends = Vec::new();
     let mut late = Vec::new();
     loop {
-        shared.outbox.drain(&mut ends);
-        for end in ends.drain(..) {
-            carry_out(&shared, end);
-        }
+        carry_out_all(&shared, &mut ends);
         let now = Instant::now();
         let next = now.checked_sub(DEADLINE_GRACE).and_then(|due| shared.deadlines.due(due, &mut late));
         for key in late.drain(..) {
@@ -91,6 +88,14 @@ pub async fn run(shared: Arc<Shared>) {
                 () = shared.deadlines.earlier.notified() => {}
             }
         }
+    }
+}
+
+/// Carries out what is in the outbox; `ends` is empty before and after.
+pub fn carry_out_all(shared: &Shared, ends: &mut Vec<End>) {
+    shared.outbox.drain(ends);
+    for end in ends.drain(..) {
+        carry_out(shared, end);
     }
 }
 
