@@ -244,10 +244,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
     /// Watches for the answer when one request has come and no other is in the server; whether it came.
     fn watch(&mut self) -> bool {
         let shared = &*self.connection.shared;
-        if self.arrived_last != 1 || !shared.watches || lock(&shared.calls).len() != 1 {
+        if self.arrived_last == 0 || !shared.watches {
             return false;
         }
-        if !self.watching.is_due() {
+        let alone = self.arrived_last == 1 && lock(&shared.calls).len() == 1;
+        if !self.watching.is_due(alone) {
             return false;
         }
         let came = shared.outbox.watch(WATCH_MAX);
