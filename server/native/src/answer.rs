@@ -60,7 +60,9 @@ fn counted(bytes: Bytes, connection: &Arc<Connection>, credit: Option<Arc<Semaph
         return bytes;
     }
     connection.unsent.fetch_add(bytes.len(), Ordering::Relaxed);
-    Bytes::from_owner(Counted { bytes, connection: Arc::clone(connection), credit })
+    let bytes = Bytes::from_owner(Counted { bytes, connection: Arc::clone(connection), credit });
+    connection.lender.note(&bytes);
+    bytes
 }
 
 /// Takes answers from the outbox, and ends calls whose deadline has passed, for as long as the server runs.
@@ -68,10 +70,7 @@ pub async fn run(shared: Arc<Shared>) {
     let mut ends = Vec::new();
     let mut late = Vec::new();
     loop {
-        shared.outbox.drain(&mut ends);
-        for end in ends.drain(..) {
-            carry_out(&shared, end);
-        }
+        carry_out_all(&shared, &mut ends);
         let now = Instant::now();
         let next = now.checked_sub(DEADLINE_GRACE).and_then(|due| shared.deadlines.due(due, &mut late));
         for key in late.drain(..) {
@@ -89,6 +88,14 @@ pub async fn run(shared: Arc<Shared>) {
                 () = shared.deadlines.earlier.notified() => {}
             }
         }
+    }
+}
+
+/// Carries out what is in the outbox; `ends` is empty before and after.
+pub fn carry_out_all(shared: &Shared, ends: &mut Vec<End>) {
+    shared.outbox.drain(ends);
+    for end in ends.drain(..) {
+        carry_out(shared, end);
     }
 }
 

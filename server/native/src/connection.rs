@@ -14,14 +14,17 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio::time::Sleep;
 
+use crate::answer;
 use crate::buffered::{Buffered, Flusher};
 use crate::meter::{Limits, Meter};
 use crate::options::Options;
 use crate::receive;
-use crate::shared::{Client, Connection, Counted, Item, Shared, lock};
+use crate::shared::{Client, Connection, Counted, End, Item, Shared, lock};
+use crate::watching::{WATCH_MAX, Watching};
 
-/// Of one stream: a message of 600 KB arrives without a round trip in its middle.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+/// Of one stream: a message of 600 KB arrives without a round trip in its middle, and, as windows are opened again when
+/// half of them is used, with no update behind it either.
+const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 
 /// Of a whole connection: some large messages at once, and a bound on what one peer makes us buffer.
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
@@ -97,6 +100,7 @@ where
         client: Arc::new(client),
         traffic,
         unsent: AtomicUsize::new(0),
+        lender: flusher.lender(),
         inflating: Arc::new(Semaphore::new(1)),
     });
     let mut serving = Serving::new(connection, handle, http2, flusher);
@@ -159,6 +163,10 @@ struct Serving<T> {
     timer: Pin<Box<Sleep>>,
     resets: Vec<u32>,
     arrived: Vec<Item>,
+    /// How many have arrived in the last turn.
+    arrived_last: usize,
+    ends: Vec<End>,
+    watching: Watching,
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
@@ -185,6 +193,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
             timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
             resets: Vec::new(),
             arrived: Vec::new(),
+            arrived_last: 0,
+            ends: Vec::new(),
+            watching: Watching::default(),
         }
     }
 
@@ -193,15 +204,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
     }
 
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let ended = self.poll_requests(context);
-        self.connection.traffic.take_resets(&mut self.resets);
-        for stream in self.resets.drain(..) {
-            self.connection.shared.leave((self.connection.id, stream));
-        }
-        if !self.arrived.is_empty() {
-            self.connection.shared.inbox.extend(self.arrived.drain(..));
-        }
-        if ended {
+        if self.poll_turn(context) || (self.watch() && self.poll_turn(context)) {
             return Poll::Ready(());
         }
         if self.closing.is_none() && self.connection.traffic.flood().is_some() {
@@ -212,16 +215,46 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
         }
         self.connection.traffic.set_busy(self.http2.has_streams());
         self.handle.wait(context);
+        if let Poll::Ready(Err(_)) = self.flusher.poll_flush(context) {
+            return Poll::Ready(());
+        }
         while self.timer.as_mut().poll(context).is_ready() {
             match self.check(Instant::now(), context) {
                 Some(next) => self.timer.as_mut().reset(next.into()),
                 None => return Poll::Ready(()),
             }
         }
-        match self.flusher.poll_flush(context) {
-            Poll::Ready(Err(_)) => Poll::Ready(()),
-            _ => Poll::Pending,
+        Poll::Pending
+    }
+
+    /// Takes what has come and hands it up; true when the connection is over.
+    fn poll_turn(&mut self, context: &mut Context<'_>) -> bool {
+        let ended = self.poll_requests(context);
+        self.connection.traffic.take_resets(&mut self.resets);
+        for stream in self.resets.drain(..) {
+            self.connection.shared.leave((self.connection.id, stream));
         }
+        self.arrived_last = self.arrived.len();
+        if !self.arrived.is_empty() {
+            self.connection.shared.inbox.extend(self.arrived.drain(..));
+        }
+        ended
+    }
+
+    /// Watches for the answer when one request has come and no other is in the server; whether it came.
+    fn watch(&mut self) -> bool {
+        let shared = &*self.connection.shared;
+        if self.arrived_last == 0 || !shared.watches {
+            return false;
+        }
+        let alone = self.arrived_last == 1 && lock(&shared.calls).len() == 1;
+        if !self.watching.is_due(alone) {
+            return false;
+        }
+        let came = shared.outbox.watch(WATCH_MAX);
+        answer::carry_out_all(shared, &mut self.ends);
+        self.watching.note(came);
+        came
     }
 
     /// Takes what has come; true when the connection is over.
@@ -311,7 +344,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Serving<T> {
             self.stalled = None;
             return None;
         }
-        let taken = self.connection.traffic.bytes_written();
+        let taken = self.flusher.sent();
         match self.stalled {
             Some((_, before)) if taken - before < PROGRESS_BYTES_MIN => {}
             _ => self.stalled = Some((now, taken)),

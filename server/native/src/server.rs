@@ -76,6 +76,7 @@ impl Server {
             deadlines: Deadlines::default(),
             gauges: Gauges::default(),
             spare: Arc::default(),
+            watches: thread::available_parallelism().is_ok_and(|cores| cores.get() > 1),
             draining: AtomicBool::new(false),
             quieter: Notify::new(),
         };

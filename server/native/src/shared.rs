@@ -25,7 +25,7 @@ use http::HeaderMap;
 use pyo3::prelude::*;
 use tokio::sync::{Notify, Semaphore};
 
-use crate::buffered::Spare;
+use crate::buffered::{Lender, Spare};
 use crate::compression::Encoding;
 use crate::meter::Traffic;
 use crate::options::Options;
@@ -75,6 +75,8 @@ pub struct Shared {
     pub gauges: Gauges,
     /// Buffers for whichever connection needs one.
     pub spare: Arc<Spare>,
+    /// Whether there is a core for Python while the transport's thread watches for its answer.
+    pub watches: bool,
     pub draining: AtomicBool,
     /// Told whenever a call ends or a connection closes while the server drains.
     pub quieter: Notify,
@@ -226,6 +228,8 @@ pub struct Connection {
     pub traffic: Arc<Traffic>,
     /// Bytes of answers that HTTP/2 holds: handed over, and neither written nor dropped.
     pub unsent: AtomicUsize,
+    /// Told of answers that are to be written from where they are.
+    pub lender: Lender,
     /// One permit: who has it may have a message decompressed on another thread. The others of the connection wait
     /// here, and not in the queue for those threads, which has place for every connection.
     pub inflating: Arc<Semaphore>,
@@ -370,13 +374,17 @@ pub enum End {
 #[derive(Default)]
 pub struct Outbox {
     ends: Mutex<Vec<End>>,
+    is_filled: AtomicBool,
     wake_up_is_due: AtomicBool,
     pub filled: Notify,
 }
 
 impl Outbox {
     pub fn push(&self, end: End) {
-        lock(&self.ends).push(end);
+        let mut ends = lock(&self.ends);
+        ends.push(end);
+        self.is_filled.store(true, Ordering::Release);
+        drop(ends);
         if !self.wake_up_is_due.swap(true, Ordering::AcqRel) {
             self.filled.notify_one();
         }
@@ -384,8 +392,25 @@ impl Outbox {
 
     pub fn drain(&self, into: &mut Vec<End>) {
         // Cleared first: an end that is pushed from here on makes a wake-up of its own.
-        self.wake_up_is_due.store(false, Ordering::Release);
-        into.append(&mut lock(&self.ends));
+        self.wake_up_is_due.store(false, Ordering::SeqCst);
+        let mut ends = lock(&self.ends);
+        self.is_filled.store(false, Ordering::Relaxed);
+        into.append(&mut ends);
+    }
+
+    /// Watches for an end, for this long at most, and whoever brings it need not wake the transport's thread; whether
+    /// one came. `drain` is to follow in any case: an end that comes last of all makes no wake-up either.
+    pub fn watch(&self, at_most: Duration) -> bool {
+        self.wake_up_is_due.store(true, Ordering::SeqCst);
+        let began = Instant::now();
+        while !self.is_filled.load(Ordering::Acquire) {
+            if began.elapsed() >= at_most {
+                return false;
+            }
+            // Whoever wants this core, the thread that is waited for most of all, has it.
+            thread::yield_now();
+        }
+        true
     }
 }
 
@@ -499,5 +524,53 @@ pub fn code_of_leaving(opened: Instant, timeout: Option<Duration>, now: Instant)
     match timeout {
         Some(timeout) if now + CLIENT_EARLY + timeout / CLIENT_ROUNDING >= opened + timeout => code::DEADLINE_EXCEEDED,
         _ => code::CANCELLED,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use super::*;
+
+    fn end() -> End {
+        End::Finish((1, 1), code::OK, String::new(), None)
+    }
+
+    fn drained(outbox: &Outbox) -> usize {
+        let mut ends = Vec::new();
+        outbox.drain(&mut ends);
+        ends.len()
+    }
+
+    /// Whether the transport's thread was to be woken since the last time.
+    fn was_to_wake(outbox: &Outbox) -> bool {
+        pin!(outbox.filled.notified()).poll(&mut Context::from_waker(Waker::noop())).is_ready()
+    }
+
+    #[test]
+    fn an_end_that_is_watched_for_wakes_nobody() {
+        let outbox = Outbox::default();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !outbox.wake_up_is_due.load(Ordering::SeqCst) {
+                    thread::yield_now();
+                }
+                outbox.push(end());
+            });
+            assert!(outbox.watch(Duration::MAX));
+        });
+        assert_eq!((drained(&outbox), was_to_wake(&outbox)), (1, false));
+    }
+
+    #[test]
+    fn an_end_behind_a_watch_in_vain_is_drained_or_wakes() {
+        let outbox = Outbox::default();
+        assert!(!outbox.watch(Duration::ZERO));
+        outbox.push(end());
+        assert_eq!((was_to_wake(&outbox), drained(&outbox)), (false, 1));
+        outbox.push(end());
+        assert_eq!((was_to_wake(&outbox), drained(&outbox)), (true, 1));
     }
 }
