@@ -14,13 +14,14 @@ TOOLS := .tools
 GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
 
-.PHONY: help setup serve demo test check proto models bench perf_analyzer grpcurl loadtest image clean
+.PHONY: help setup serve demo test check proto models bench fuzz perf_analyzer grpcurl loadtest image clean
 
 help:
 	@echo "make serve     serve the demo models on ports 8001 (gRPC), 8000 (HTTP), 8002 (metrics)"
 	@echo "make demo      serve them, send the test digits, print accuracy and speed, end"
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
+	@echo "make fuzz      send the server's parts a million inputs that are wrong (a quarter of an hour)"
 	@echo "make proto     generate the protobuf code again"
 	@echo "make perf_analyzer, make grpcurl     get clients that some tests run, and skip without"
 
@@ -93,6 +94,16 @@ models: $(VENV)/.dev
 bench: $(VENV)/.dev $(VENV)/.native
 	@$(BIN)/python -m loadtests.bench $(BENCH_FLAGS)
 
+# What coverage-guided fuzzing needs.
+$(VENV)/.fuzz: $(VENV)/.dev
+	@echo "Installing the fuzzer into $(VENV) (the first time only) ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[fuzz]'
+	@touch $@
+
+# Ends with 1 when an input was no good; it is saved in .fuzz and can be sent again on its own.
+fuzz: $(VENV)/.fuzz
+	@PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_FLAGS)
+
 # Clients that are not ours, for tests/clients, which skips what is not there.
 perf_analyzer: $(VENV)/.server
 	@$(BIN)/python tests/clients/get_perf_analyzer.py $(TOOLS)
@@ -105,4 +116,4 @@ loadtest image:
 	@echo "make $@ is not implemented in this version"; exit 2
 
 clean:
-	rm -rf $(VENV) $(TOOLS) $(NATIVE)/target .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
+	rm -rf $(VENV) $(TOOLS) $(NATIVE)/target .mypy_cache .ruff_cache .hypothesis .fuzz .coverage .import_linter_cache

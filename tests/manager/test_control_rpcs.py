@@ -232,6 +232,16 @@ def test_a_configuration_of_a_call_holds_until_the_model_is_loaded_without_one(s
     assert max_batch_size() == 8
 
 
+def test_a_configuration_that_is_not_unicode_is_refused_with_a_text_that_arrives(server):
+    request = pb.RepositoryModelLoadRequest(model_name="m")
+    for config in ('{"\\ud800": 1}', '{"input": [{"data_type": "\\ud800"}]}'):
+        request.parameters["config"].string_param = config
+        code, message = server.refusal("RepositoryModelLoad", request)
+        assert code is grpc.StatusCode.INTERNAL
+        assert "failed to load 'm', failed to poll from model repository: config override:" in message
+        assert r"'\ud800' is not Unicode text" in message
+
+
 def test_the_files_of_a_call_make_a_model_that_is_in_no_repository(server, client):
     config = json.dumps({"max_batch_size": 4})
     client.load_model("given", config=config, files={"file:2/model.onnx": plus(2), "file:7/model.onnx": plus(7)})

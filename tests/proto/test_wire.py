@@ -1,13 +1,13 @@
 """Splitting a message gives the same as parsing it, and no bytes at all make it fail in another way."""
 
 import pytest
-from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sluice_proto import WireError
 from sluice_proto.grpc_service_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 from sluice_proto.wire import MAX_FIELDS, length_delimited, split_raw
+from support.wire import agrees_with_parser, joined
 
 short_text = st.text(max_size=8)
 parameters = st.dictionaries(short_text, st.builds(InferParameter, int64_param=st.integers(-(2**63), 2**63 - 1)))
@@ -26,15 +26,6 @@ requests = st.builds(
     outputs=st.lists(st.builds(ModelInferRequest.InferRequestedOutputTensor, name=short_text), max_size=3),
     raw_input_contents=st.lists(st.binary(max_size=300), max_size=4),
 )
-
-
-def joined(message: bytes) -> ModelInferRequest:
-    """What the two parts of a split message mean together."""
-    head, raws = split_raw(message)
-    request = ModelInferRequest.FromString(head)
-    assert not request.raw_input_contents
-    request.raw_input_contents.extend(bytes(raw) for raw in raws)
-    return request
 
 
 @given(requests)
@@ -71,22 +62,6 @@ def test_a_damaged_message_splits_whenever_it_parses_and_then_means_the_same(req
 @example(b"\x78" + b"\x80" * 10 + b"\x01")  # and of eleven
 def test_random_bytes_split_whenever_they_parse_and_otherwise_raise_nothing_but_wire_errors(message):
     agrees_with_parser(message)
-
-
-def agrees_with_parser(message: bytes) -> None:
-    """protobuf's own parser is the judge, except that groups are refused."""
-    try:
-        parsed = ModelInferRequest.FromString(message)
-    except DecodeError:
-        parsed = None
-    refusal, split = None, None
-    try:
-        split = joined(message)
-    except (WireError, DecodeError) as error:
-        refusal = error
-    groups = isinstance(refusal, WireError) and "group" in refusal.reason
-    assert parsed is None or groups or split == parsed
-    assert not isinstance(refusal, WireError) or 0 <= refusal.offset <= len(message)
 
 
 @pytest.mark.parametrize(

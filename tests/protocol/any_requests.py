@@ -27,7 +27,12 @@ MISTAKES_MAX = 4
 """In one request: with more, all but the first are never reached."""
 
 CODES = frozenset(
-    {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED}
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,  # its own `timeout`, which may be a microsecond
+    }
 )  # what a refusal of a request may have
 
 RESHAPED = """

@@ -19,15 +19,24 @@ if TYPE_CHECKING:
 
 
 def post(server: RunningServer, request: ModelInferRequest) -> RawAnswer:
-    """Send a request over REST, without the raw tensors that no input takes."""
+    """Send a request over REST."""
+    head, tail = body_of(request)
+    return send(server, "POST", path_of(request), head + tail, {HEAD_LENGTH: str(len(head))})
+
+
+def path_of(request: ModelInferRequest) -> str:
+    """Where it is sent to."""
     path = f"/v2/models/{urllib.parse.quote(request.model_name, safe='')}"
     if request.model_version:
         path += f"/versions/{urllib.parse.quote(request.model_version, safe='')}"
+    return f"{path}/infer"
+
+
+def body_of(request: ModelInferRequest) -> tuple[bytes, bytes]:
+    """Its JSON and the binary tensors, without the raw ones that no input takes."""
     raws = deque(request.raw_input_contents)
     taken = [raws.popleft() if raws and REGION not in tensor.parameters else None for tensor in request.inputs]
-    head = json.dumps(_head(request, taken)).encode()
-    tail = b"".join(raw for raw in taken if raw is not None)
-    return send(server, "POST", f"{path}/infer", head + tail, {HEAD_LENGTH: str(len(head))})
+    return json.dumps(_head(request, taken)).encode(), b"".join(raw for raw in taken if raw is not None)
 
 
 def _head(request: ModelInferRequest, raws: list[bytes | None]) -> dict[str, Any]:
@@ -44,4 +53,4 @@ def _head(request: ModelInferRequest, raws: list[bytes | None]) -> dict[str, Any
 
 
 def _parameters(parameters: Mapping[str, InferParameter]) -> dict[str, Any]:
-    return {key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in parameters.items()}
+    return {key: getattr(value, value.WhichOneof("parameter_choice") or "", None) for key, value in parameters.items()}

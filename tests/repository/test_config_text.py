@@ -143,7 +143,10 @@ def test_json_takes_both_spellings_of_names_numbers_as_strings_and_enums_by_name
         ('{"max_batch_size": true}', "max_batch_size"),
         ('{"max_batch_size": {}}', "max_batch_size"),
         ('{"name": 5}', "name"),
-        ('{"name": "\\ud800"}', "name"),
+        ('{"name": "\\ud800"}', "'\\ud800' is not Unicode text"),
+        ('{"\\ud800": 1}', "'\\ud800' is not Unicode text"),
+        ('{"input": [{"data_type": "TYPE_\\udfff"}]}', "'TYPE_\\udfff' is not Unicode text"),
+        ('{"metric_tags": {"a\\ud83d": "b"}}', "'a\\ud83d' is not Unicode text"),
         ('{"response_cache": {"enable": "true"}}', "response_cache"),
         ('{"input": [{"data_type": "TYPE_FP31"}]}', "TYPE_FP31"),
         ('{"dynamic_batching": {}, "sequence_batching": {}}', "scheduling_choice"),
@@ -154,6 +157,7 @@ def test_a_mistake_in_the_json_is_told(text: str, what: str) -> None:
         parse_json(text)
     assert str(caught.value).startswith("config override:")
     assert what in str(caught.value)
+    assert str(caught.value).encode()  # it can be sent
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)

@@ -1,5 +1,6 @@
 """The folders of model repositories: what counts as a model and a version, and that no name leads out of them."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def test_a_repository_lists_its_model_directories_and_nothing_else(tmp_path: Pat
     (tmp_path / "README.md").write_text("not a model")
     (tmp_path / ".git").mkdir()
     (tmp_path / "lost+found").mkdir()
+    with contextlib.suppress(OSError):  # not every file system takes it
+        (tmp_path / os.fsdecode(b"\xff")).mkdir()  # which no message can carry
     assert Repositories([tmp_path]).scan() == {"a": (tmp_path / "a",), "b": (tmp_path / "b",)}
 
 

@@ -122,13 +122,14 @@ def memory_within(most_bytes: int) -> Iterator[None]:
         yield
         return
     peak_reset.write_text("5")  # from now on VmHWM is the peak since now (proc(5))
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     yield
-    grown = _status_bytes("VmHWM") - before
+    grown = status_bytes("VmHWM") - before
     assert grown <= most_bytes, f"{grown / 2**20:.1f} MiB more at the peak"
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """A size that Linux tells of this process: VmRSS, VmHWM, ... (proc(5))."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024

@@ -80,6 +80,7 @@ def parse_json(text: str) -> ModelConfig:
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
         raise ConfigError(f"is not usable JSON: {error}", source=CONFIG_OVERRIDE) from error
+    _check_unicode(tree)
     _check_tree(tree, cast("Descriptor", ModelConfig.DESCRIPTOR), "")
     config = ModelConfig()
     try:
@@ -119,6 +120,22 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"member '{key}' appears twice")
         members[key] = value
     return members
+
+
+def _check_unicode(tree: object) -> None:
+    """Refuse halves of surrogate pairs, which JSON can write, and which neither protobuf nor a status can carry."""
+    waiting = [tree]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str):
+            try:
+                item.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"{item!a} is not Unicode text", source=CONFIG_OVERRIDE) from error
 
 
 def _check_tree(tree: object, descriptor: Descriptor, path: str) -> None:

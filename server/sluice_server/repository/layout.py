@@ -91,6 +91,8 @@ class Repositories:
             for entry in _list(repository):
                 if entry.name.startswith(".") or entry.name == _NOT_A_MODEL or not entry.is_dir():
                     continue
+                if not _is_unicode(entry.name):  # no client can name it, and no answer can carry it
+                    continue
                 models.setdefault(entry.name, []).append(repository / entry.name)
         return {name: tuple(models[name]) for name in sorted(models)}
 
@@ -175,6 +177,15 @@ def _list(path: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise ConfigError(f"directory '{path}' cannot be read: {error.strerror}") from error
+
+
+def _is_unicode(name: str) -> bool:
+    """Whether the bytes of a file's name are UTF-8; those that are not came as halves of surrogate pairs (PEP 383)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_version(name: str) -> bool:

@@ -1,0 +1,45 @@
+"""The table of what is fuzzed, with how many inputs of bytes and how many of Hypothesis's a run sends."""
+
+from __future__ import annotations
+
+from fuzz.configurations import (
+    built_jsons,
+    built_loads,
+    built_texts,
+    json_seeds,
+    load_seeds,
+    open_jsons,
+    open_loads,
+    open_texts,
+    text_seeds,
+)
+from fuzz.decoding import built_pairs, built_wire, cache_seeds, open_cache, open_wire, wire_seeds
+from fuzz.inference import (
+    built_requests,
+    built_rpcs,
+    built_streams,
+    open_requests,
+    open_rpcs,
+    open_streams,
+    rpc_seeds,
+    stream_seeds,
+)
+from fuzz.mutators import behind, change_json, change_message, in_one
+from fuzz.rest import built_rests, change_request, open_rests, rest_seeds
+from fuzz.serving import seeds
+from fuzz.subject import Target
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("requests", open_requests, seeds, built_requests, 300_000, 3_000, change_message),
+        Target("cache", open_cache, cache_seeds, built_pairs, 60_000, 2_000, in_one(change_message)),
+        Target("wire", open_wire, wire_seeds, built_wire(), 150_000, 2_000, behind(1, change_message)),
+        Target("streams", open_streams, stream_seeds, built_streams, 50_000, 2_000, behind(1, in_one(change_message))),
+        Target("rpcs", open_rpcs, rpc_seeds, built_rpcs(), 100_000, 2_000, behind(1, change_message)),
+        Target("rest", open_rests, rest_seeds, built_rests(), 100_000, 3_000, change_request),
+        Target("config", open_texts, text_seeds, built_texts, 60_000, 2_000),
+        Target("json", open_jsons, json_seeds, built_jsons(), 80_000, 2_000, change_json),
+        Target("loads", open_loads, load_seeds, built_loads(), 20_000, 2_000, in_one(behind(1, change_message))),
+    )
+}
