@@ -95,6 +95,20 @@ def test_what_is_still_running_when_the_exit_timeout_is_over_does_not_hold_the_e
         assert process.records[-1]["all_answered"] is False
 
 
+def test_a_lone_request_that_is_still_running_does_not_hold_the_end_either(transport, slow_models):
+    with serve(f"--transport={transport}", slow_models, "--exit-timeout-secs=1") as process:
+        server = Addresses(process.wait_for("server is serving"))
+        with grpc.insecure_channel(server.grpc) as client:
+            lone = begin(client, "ever", 1)
+            # Taken after it: the lone one runs by then, on a thread of the native transport's own.
+            live = client.unary_unary(f"/{SERVICE.full_name}/ServerLive")
+            live(pb.ServerLiveRequest().SerializeToString(), timeout=PATIENCE_S)
+            process.signal(signal.SIGTERM)
+            assert lone.code() is grpc.StatusCode.UNAVAILABLE
+        assert process.wait() == 0
+        assert process.records[-1]["all_answered"] is False
+
+
 def test_a_second_signal_ends_the_process_at_once(transport, slow_models):
     with serve(f"--transport={transport}", slow_models, "--exit-timeout-secs=3600") as process:
         server = Addresses(process.wait_for("server is serving"))

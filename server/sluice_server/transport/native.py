@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 CALLS_MAX = 256
 """Calls that go up in one list: their decoding takes a few milliseconds, which the first of them waits for."""
 
+LAST_LIST_S = 1.0
+"""What an intake thread gets to end that has only a list to decode, also when the calls took all the time."""
+
 HELD_BYTES_MAX = 4 << 30
 """Bytes of requests in memory over all connections: two of the largest messages; the queues' own bounds are lower."""
 
@@ -88,10 +91,12 @@ class NativeTransport:
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls at once, wait up to `grace_s` seconds for accepted ones, cancel the rest."""
+        until = time.monotonic() + grace_s
         self._server.stop(grace_s)
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join()
+                # One that runs a lent batch does so for as long as the model takes; its calls have ended.
+                thread.join(max(LAST_LIST_S, until - time.monotonic()))
 
     def outcomes(self) -> Mapping[tuple[str, Code], int]:
         """How many calls of each method have ended with each code."""
