@@ -20,6 +20,7 @@ from sluice_batching import ExpiryTimer
 from sluice_server.execution import runtime
 from sluice_server.execution.loader import ModelLoader
 from sluice_server.execution.providers import check_distributions
+from sluice_server.execution.response_cache import ResponseCache
 from sluice_server.execution.shared_memory import RegionTable
 from sluice_server.http.app import HttpFront, Metrics
 from sluice_server.http.server import HttpListener, HttpServer
@@ -92,11 +93,12 @@ class Server:
         tracer = None if by_settings else self._tracer
         self._host = HostReader()
         to_status = StatusMapper(triton_codes=settings.triton_status_codes)
+        self._cache = ResponseCache(settings.models.cache_bytes) if settings.models.cache_bytes else None
         self._health = health.Health()
         self._reflection = reflection.Reflection((SERVICE.full_name, health.SERVICE.full_name))
         self.manager = ModelManager(
             Repositories(settings.models.repositories),
-            ModelLoader(settings.models, to_status, self._timer, environ),
+            ModelLoader(settings.models, to_status, self._timer, environ, self._cache),
             mode=settings.models.control_mode,
             strict_readiness=settings.strict_readiness,
             load_threads=settings.models.load_threads,
@@ -243,7 +245,8 @@ class Server:
             for model in self.manager.served()
         ]
         host = self._host.read()
-        return metrics.render(models, metrics.ServerMetrics(self._version, self.rpc_outcomes(), host))
+        usage = None if self._cache is None else self._cache.usage()
+        return metrics.render(models, metrics.ServerMetrics(self._version, self.rpc_outcomes(), host, usage))
 
     def rpc_outcomes(self) -> Mapping[tuple[str, Code], int]:
         """How many calls of each RPC, by its path, have ended with each code, whether over gRPC or REST."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from sluice_server.cache_flags import cache_bytes
 from sluice_server.flag_values import SettingsError, port, positive, switch, whole
 from sluice_server.observability.logs import LogOptions
 from sluice_server.observability.trace_control import TraceConfig
@@ -62,6 +63,8 @@ class ModelSettings:
     allow_provider_fallback: bool = False
     queue_rows: int = QUEUE_ROWS_DEFAULT
     queue_bytes: int = QUEUE_BYTES_DEFAULT
+    cache_bytes: int = 0
+    """What the response cache may hold; 0: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,7 @@ REFUSED: dict[str, str] = {
     "--allow-vertex-ai": "the Vertex AI front end is not there",
     "--backend-directory": "there is one backend, ONNX Runtime, and it is built in",
     "--buffer-management-thread-count": "tensors are views over the received message and are not copied by threads",
-    "--cache-config": "the response cache is not there yet",
-    "--cache-directory": "the response cache is not there yet",
+    "--cache-directory": "there is one response cache, local, and it is built in",
     "--cuda-memory-pool-byte-size": "ONNX Runtime's own allocator is used: pass gpu_mem_limit to the CUDA provider",
     "--cuda-virtual-address-size": "ONNX Runtime's own allocator is used",
     "--enable-peer-access": "peer access is ONNX Runtime's affair",
@@ -119,7 +121,6 @@ REFUSED: dict[str, str] = {
     "--rate-limit": "the rate limiter is not there yet",
     "--rate-limit-resource": "the rate limiter is not there yet",
     "--repoagent-directory": "repository agents are not there",
-    "--response-cache-byte-size": "the response cache is not there yet",
     "--reuse-http-port": "HTTP ports are not shared",
     "--sagemaker-port": "the SageMaker front end is not there",
     "--sagemaker-safe-port-range": "the SageMaker front end is not there",
@@ -193,6 +194,10 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="rows that may wait per model (%(default)s); 0: no limit, as in Triton")  # fmt: skip
     add("--default-queue-bytes", type=whole, default=QUEUE_BYTES_DEFAULT, metavar="N",
         help="bytes of requests that may wait per model (%(default)s); 0: no limit")  # fmt: skip
+    add("--cache-config", action="append", default=[], metavar="local,size=BYTES",
+        help="for models with response_cache: keep answers, up to so many bytes in all (no cache)")  # fmt: skip
+    add("--response-cache-byte-size", type=whole, metavar="BYTES",
+        help="deprecated in Triton: the same as --cache-config=local,size=BYTES; 0: no cache")  # fmt: skip
 
 
 def _add_listener_flags(parser: argparse.ArgumentParser) -> None:
@@ -256,6 +261,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
             allow_provider_fallback=args.allow_provider_fallback,
             queue_rows=args.default_queue_rows,
             queue_bytes=args.default_queue_bytes,
+            cache_bytes=cache_bytes(args.cache_config, args.response_cache_byte_size),
         ),
         grpc=transport_options(args, _address(args.grpc_address)),
         http=HttpSettings(_address(args.http_address), args.http_port) if args.allow_http else None,

@@ -38,7 +38,6 @@ REFUSALS = [
     ("ensemble_scheduling {}", "ensemble_scheduling"),
     ('ensemble_scheduling { step { model_name: "a" } }', "ensemble_scheduling"),
     ('platform: "ensemble"', 'platform "ensemble"'),
-    ("response_cache { enable: true }", "response_cache.enable"),
     ("model_warmup {}", "model_warmup[0]"),
     ('model_warmup { name: "zeros" batch_size: 1 }', "model_warmup[0]"),
     ("batch_input { kind: BATCH_ELEMENT_COUNT }", "batch_input[0]"),

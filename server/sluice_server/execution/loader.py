@@ -6,14 +6,17 @@ and puts a queue and instances around it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sluice_batching import BatchQueue, QueuePolicy
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
+from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
+from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
@@ -27,19 +30,28 @@ from sluice_server.repository.labels import read_labels
 from sluice_server.repository.validate import scalar_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
     from sluice_server.execution.options import OptionPlan
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
+    from sluice_server.execution.response_cache import ResponseCache
     from sluice_server.execution.threads import ThreadPlan
     from sluice_server.repository.layout import ModelDirectory
     from sluice_server.settings import ModelSettings
     from sluice_server.status import StatusMapper
 
+logger = logging.getLogger(__name__)
+
 NS_PER_US = 1000
+
+NO_CACHE = (
+    "response_cache is enabled for this model, but the server has no response cache, so it is served without one:"
+    " start the server with --cache-config=local,size=BYTES"
+)
+"""What is logged, as Triton logs it; the model is served all the same."""
 
 CPU_DEVICE = -1
 """Where a GPU's number would stand for a session on the CPU."""
@@ -137,12 +149,19 @@ class ModelLoader:
     """The manager's loader: a served model from a version on disk."""
 
     def __init__(
-        self, settings: ModelSettings, to_status: StatusMapper, timer: ExpiryTimer, environ: Mapping[str, str]
+        self,
+        settings: ModelSettings,
+        to_status: StatusMapper,
+        timer: ExpiryTimer,
+        environ: Mapping[str, str],
+        cache: ResponseCache | None = None,
     ) -> None:
+        """`cache` is the server's response cache, for models that ask for it."""
         self._settings = settings
         self._to_status = to_status
         self._timer = timer
         self._host = Host.of_this_machine(environ)
+        self._cache = cache
 
     def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> ServedModel:
         """Load one version; it takes requests once it is started."""
@@ -150,28 +169,40 @@ class ModelLoader:
         completed = prepared.config
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
         interface = ModelInterface.of(completed, version, scalars, prepared.labels)
-        queue: BatchQueue[InferRequest] = BatchQueue(self._queue_policy(completed))
-        statistics = ModelStatistics()
-        runner = BatchRunner(
-            Encoder(interface), statistics, self._to_status, has_batch_dimension=interface.max_batch_rows > 0
-        )
+        policy = self._queue_policy(completed)
+        queue: BatchQueue[InferRequest] = BatchQueue(policy)
+        cache = self._cache_for(completed, version)
+        statistics = ModelStatistics(caches=cache is not None)
+        encoder, has_rows = Encoder(interface), interface.max_batch_rows > 0
+        make_model: Callable[..., ServedModel] = ServedModel
+        if cache is None:
+            runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows)
+        else:
+            make_model = CachedModel
+            model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
+            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows)
         instances = [
             Instance(f"{completed.name}-{number}", queue, group.session, runner)
             for group in prepared.groups
             for number in range(group.threads.instances)
         ]
-        return ServedModel(
+        return make_model(
             completed,
             interface,
             queue,
             instances,
-            runner,
-            statistics,
-            self._to_status,
-            self._timer,
+            runner=runner,
+            statistics=statistics,
+            to_status=self._to_status,
+            timer=self._timer,
             properties=_properties(prepared, len(instances)),
             common_session=prepared.groups[0].session if len(prepared.groups) == 1 else None,
         )
+
+    def _cache_for(self, config: ModelConfig, version: int) -> ResponseCache | None:
+        if config.response_cache.enable and self._cache is None:
+            logger.warning(NO_CACHE, extra={"model": config.name, "version": version})
+        return self._cache if config.response_cache.enable else None
 
     def _queue_policy(self, config: ModelConfig) -> QueuePolicy:
         batching = config.max_batch_size > 0 and config.HasField("dynamic_batching")
@@ -186,6 +217,17 @@ class ModelLoader:
             max_queue_rows=self._settings.queue_rows,
             max_queue_bytes=self._settings.queue_bytes,
         )
+
+
+def _queue_of_followers(policy: QueuePolicy) -> BatchQueue[InferRequest]:
+    """A queue that bounds those who wait for the run of another as the model's own bounds those who wait to run."""
+    return BatchQueue(
+        QueuePolicy(
+            max_batch_rows=policy.max_batch_rows,
+            max_queue_rows=policy.max_queue_rows,
+            max_queue_bytes=policy.max_queue_bytes,
+        )
+    )
 
 
 def _properties(prepared: PreparedModel, instances: int) -> dict[str, str]:

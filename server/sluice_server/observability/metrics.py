@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sluice_server.observability.host import HostUsage
-from sluice_server.observability.statistics import Duration, ModelSnapshot
+from sluice_server.observability.statistics import CacheCounts, Duration, ModelSnapshot
 from sluice_server.status import Code
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
@@ -20,6 +20,16 @@ BATCH_ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Upper bounds of `sluice_batch_rows`: powers of two, as batch sizes double in effect; few, as each is a series."""
 
 _NS_PER_US = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUsage:
+    """What the response cache holds at the moment, and how many answers have left it for want of room."""
+
+    max_bytes: int
+    size_bytes: int
+    entries: int
+    evictions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +49,14 @@ class ServerMetrics:
     """What /metrics shows of the whole server.
 
     `rpcs` counts ended calls by code and method (`/service/method`). The methods must be the server's own, never text
-    that a client sent, as each becomes a series. `host` is None where there is no /proc.
+    that a client sent, as each becomes a series. `host` is None where there is no /proc, `cache` where the server has
+    no response cache.
     """
 
     version: str
     rpcs: Mapping[tuple[str, Code], int]
     host: HostUsage | None
+    cache: CacheUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +151,22 @@ def _batch_rows(model: ModelMetrics) -> Iterator[_Sample]:
     yield _Sample(snapshot.execution_count, labels, "_count")
 
 
+def _cached(read: Callable[[CacheCounts], int]) -> Callable[[ModelMetrics], Iterator[_Sample]]:
+    def samples(model: ModelMetrics) -> Iterator[_Sample]:
+        if model.snapshot.cache is not None:
+            yield _Sample(read(model.snapshot.cache), _labels(model))
+
+    return samples
+
+
+def _cache_usage(read: Callable[[CacheUsage], int]) -> Callable[[ServerMetrics], Iterator[_Sample]]:
+    def samples(server: ServerMetrics) -> Iterator[_Sample]:
+        if server.cache is not None:
+            yield _Sample(read(server.cache))
+
+    return samples
+
+
 def _rpcs(server: ServerMetrics) -> Iterator[_Sample]:
     for (path, code), count in sorted(server.rpcs.items()):
         _, service, method = path.split("/")
@@ -218,6 +246,36 @@ _MODEL_FAMILIES = (
         "Requests that are accepted and not yet executing",
         _value(lambda model: model.pending_requests),
     ),
+    _ModelFamily(
+        "nv_cache_num_hits_per_model",
+        "counter",
+        "Requests that were answered from the response cache, or by the run of an equal request",
+        _cached(lambda cache: cache.hit.count),
+    ),
+    _ModelFamily(
+        "nv_cache_num_misses_per_model",
+        "counter",
+        "Requests whose answer was not in the response cache",
+        _cached(lambda cache: cache.miss.count),
+    ),
+    _ModelFamily(
+        "nv_cache_hit_duration_per_model",
+        "counter",
+        "Time that looking up took for hits, in microseconds, summed over requests",
+        _cached(lambda cache: cache.hit.ns // _NS_PER_US),
+    ),
+    _ModelFamily(
+        "nv_cache_miss_duration_per_model",
+        "counter",
+        "Time that looking up and keeping the answer took for misses, in microseconds, summed over requests",
+        _cached(lambda cache: cache.miss.ns // _NS_PER_US),
+    ),
+    _ModelFamily(
+        "sluice_cache_coalesced_total",
+        "counter",
+        "Hits that waited for the run of an equal request in flight",
+        _cached(lambda cache: cache.coalesced),
+    ),
     _ModelFamily("sluice_requests_total", "counter", "Requests to the model by how they ended", _outcomes),
     _ModelFamily("sluice_batch_rows", "histogram", "Rows of the batches that were executed", _batch_rows),
     _ModelFamily("sluice_queue_rows", "gauge", "Rows that wait in the queue", _value(lambda model: model.queue_rows)),
@@ -247,6 +305,30 @@ _SERVER_FAMILIES = (
         "gauge",
         "Memory of the machine that is not available, in bytes",
         _host(lambda host: host.memory_used_bytes),
+    ),
+    _ServerFamily(
+        "sluice_cache_max_bytes",
+        "gauge",
+        "Bytes that the response cache may hold",
+        _cache_usage(lambda cache: cache.max_bytes),
+    ),
+    _ServerFamily(
+        "sluice_cache_bytes",
+        "gauge",
+        "Bytes that the response cache holds",
+        _cache_usage(lambda cache: cache.size_bytes),
+    ),
+    _ServerFamily(
+        "sluice_cache_entries",
+        "gauge",
+        "Answers that the response cache holds",
+        _cache_usage(lambda cache: cache.entries),
+    ),
+    _ServerFamily(
+        "sluice_cache_evictions_total",
+        "counter",
+        "Answers that left the response cache for want of room",
+        _cache_usage(lambda cache: cache.evictions),
     ),
     _ServerFamily("sluice_rpcs_total", "counter", "Calls and streams that ended, by method and gRPC code", _rpcs),
     _ServerFamily("sluice_build_info", "gauge", "Always 1; the labels tell what runs", _build_info),

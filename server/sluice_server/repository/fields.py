@@ -66,6 +66,8 @@ IMPLEMENTED: Final = frozenset(
         "optimization.output_pinned_memory.enable",
         "parameters",
         "parameters.string_value",
+        "response_cache",
+        "response_cache.enable",
     }
 )
 """Fields that do what they say, or say nothing but a hint (`format`, pinned memory)."""
@@ -82,7 +84,6 @@ REFUSED: Final = frozenset(
         "batch_input",
         "batch_output",
         "model_repository_agents",
-        "response_cache",
         "runtime",
         "model_metrics",
         "input.is_shape_tensor",

@@ -1,0 +1,248 @@
+"""What the response cache does for one model version: who is answered from it, who runs, and who waits for whose run.
+
+    admit       a list of requests is looked up    hit: answered now · equal to one in flight: follows it · else: leads
+    complete    a batch has run                    the answers are kept, and given to the followers
+    fail        requests have failed               their followers fail with them
+    pass_on     leaders have expired unrun         for each its first follower leads the rest
+    leave       a client has left                  its work goes on as long as somebody waits for it
+
+Requests with the same fingerprint that are in flight at once run once (`sluice_batching.Coalescer`). Followers wait in
+a queue of which nothing is taken to run: it bounds them as the model's own queue does its own, watches their deadlines,
+and decides who ends a follower, as only one can take it out: its leader's end, its own deadline, or its client.
+
+Lock: that of the `ResponseCache`; the queues' locks, and the timer's, may be taken with it held, and never the other
+way around.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from sluice_batching import Coalescer
+from sluice_server.execution.response_cache import ENTRY_BYTES, JOINED_BYTES_MAX, Fingerprints, is_same
+from sluice_server.execution.shared_memory import SharedTensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from typing_extensions import Buffer
+
+    from sluice_batching import BatchingError, BatchQueue
+    from sluice_server.execution.request import InferRequest
+    from sluice_server.execution.response_cache import Entry, Payload, ResponseCache
+    from sluice_server.observability.statistics import ModelStatistics
+    from sluice_server.protocol.interface import ModelInterface
+
+
+class Admitted(NamedTuple):
+    """What is to be done with a list of requests; those that are in none of these follow another."""
+
+    leaders: Sequence[InferRequest]
+    """To be queued and run."""
+    hits: Sequence[tuple[InferRequest, Payload]] = ()
+    """To be answered with what was kept."""
+    refused: Sequence[tuple[InferRequest, BatchingError]] = ()
+    """Would follow another, but cannot wait for it."""
+
+
+class ModelCache:
+    """The flights of one model version, and its part of the server's cache; for any thread."""
+
+    def __init__(
+        self,
+        cache: ResponseCache,
+        interface: ModelInterface,
+        queue: BatchQueue[InferRequest],
+        following: BatchQueue[InferRequest],
+        statistics: ModelStatistics,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """`queue` is where leaders wait to run, `following` a queue for the followers that nobody else offers to."""
+        self.queue = queue
+        self.following = following
+        self._cache = cache
+        self._owner = cache.new_owner()
+        self._fingerprints = Fingerprints(interface, self._owner, cache.digest)
+        self._flights: Coalescer[InferRequest] = Coalescer()
+        self._statistics = statistics
+        self._clock = clock
+        self._keeps = True
+
+    def __repr__(self) -> str:
+        return f"<ModelCache {self._flights!r}, {self.following!r}>"
+
+    def admit(self, requests: Sequence[InferRequest]) -> Admitted:
+        """Look up requests that have no inputs in shared memory (any more); leaders are in flight from now on."""
+        began_ns = self._clock()
+        fingerprints = self._fingerprints.of(requests)
+        keys = [fingerprint[0] for fingerprint in fingerprints]
+        for request, fingerprint in zip(requests, fingerprints, strict=True):
+            request.fingerprint = fingerprint
+        cache, flights = self._cache, self._flights
+        with cache.lock:
+            if cache.table.has_none_of(keys) and flights.has_none_of(keys) and len(set(keys)) == len(keys):
+                flights.lead(keys, requests)
+                admitted = Admitted(requests)
+            else:
+                admitted = self._admit_each(requests)
+        looked_up_ns = (self._clock() - began_ns) // len(requests)
+        misses, hits = len(admitted.leaders), len(admitted.hits)
+        self._statistics.record_cache_lookups(misses, miss_ns=looked_up_ns * misses, hit_ns=looked_up_ns * hits)
+        return admitted
+
+    def _admit_each(self, requests: Sequence[InferRequest]) -> Admitted:
+        leaders: list[InferRequest] = []
+        hits: list[tuple[InferRequest, Payload]] = []
+        refused: list[tuple[InferRequest, BatchingError]] = []
+        for request in requests:
+            fingerprint = request.fingerprint
+            assert fingerprint is not None, "set by the caller"
+            key = fingerprint[0]
+            leader = self._flights.leader(key)
+            if leader is not None:
+                assert leader.fingerprint is not None, "it leads"
+                if not is_same(leader.fingerprint, fingerprint):
+                    request.fingerprint = None  # another's place is not its own, and it runs alone
+                    leaders.append(request)
+                    continue
+                error = self.following.offer_many((request,))[0]
+                if error is None:
+                    self._flights.follow(key, request)
+                else:
+                    refused.append((request, error))
+            elif (payload := self._cache.find(fingerprint)) is not None:
+                hits.append((request, payload))
+            else:
+                self._flights.lead((key,), (request,))
+                leaders.append(request)
+        return Admitted(leaders, hits, refused)
+
+    def complete(
+        self, batch: Sequence[InferRequest], answers: Sequence[Sequence[Buffer]]
+    ) -> list[tuple[InferRequest, Payload]]:
+        """Keep the answers of a batch that has run, and give what its followers are to be answered with."""
+        began_ns = self._clock()
+        leading = batch
+        if None in [request.fingerprint for request in batch]:
+            pairs = [pair for pair in zip(batch, answers, strict=True) if pair[0].fingerprint is not None]
+            leading, answers = [request for request, _ in pairs], [answer for _, answer in pairs]
+            if not leading:
+                return []
+        entries = _entries(leading, answers)
+        keys = [entry[1][0] for entry in entries]
+        with self._cache.lock:
+            if self._keeps:
+                self._cache.table.put(keys, entries)
+            if self._flights.has_followers:
+                followers = [
+                    (follower, entry[2])
+                    for key, entry in zip(keys, entries, strict=True)
+                    for follower in self._flights.land((key,))
+                    if self.following.cancel(follower)
+                ]
+            else:
+                self._flights.land(keys)
+                followers = []
+        self._statistics.record_cache_lookups(0, miss_ns=self._clock() - began_ns, hit_ns=0)
+        return followers
+
+    def fail(self, requests: Sequence[InferRequest]) -> list[InferRequest]:
+        """End the flights of requests that have failed, or never will run; gives their followers, who end as they do.
+
+        Of requests that lead none nothing is changed.
+        """
+        with self._cache.lock:
+            return [
+                follower
+                for request in requests
+                if (key := self._key_of_led(request)) is not None
+                for follower in self._flights.land((key,))
+                if self.following.cancel(follower)
+            ]
+
+    def pass_on(self, requests: Sequence[InferRequest]) -> list[InferRequest]:
+        """Give the new leaders, to be queued, of the flights whose leaders have left the queue and were not run."""
+        promoted = []
+        with self._cache.lock:
+            for request in requests:
+                key = self._key_of_led(request)
+                if key is None:
+                    continue
+                while (first := self._flights.promote(key)) is not None:
+                    # One that has just ended leads for an instant only.
+                    if self.following.cancel(first):
+                        promoted.append(first)
+                        break
+        return promoted
+
+    def leave(self, request: InferRequest) -> list[InferRequest]:
+        """A client has left: gives the requests that have ended by that, unrun."""
+        with self._cache.lock:
+            if request.fingerprint is None:
+                return [request] if self.queue.cancel(request) else []
+            if self.following.cancel(request):
+                return [request, *self._without(request)]
+            return self._without(request)
+
+    def leave_expired(self, followers: Sequence[InferRequest]) -> list[InferRequest]:
+        """Followers have expired, and left their queue: gives the leaders that nobody waits for any more, unrun."""
+        with self._cache.lock:
+            return [leader for follower in followers for leader in self._without(follower)]
+
+    def close(self) -> None:
+        """Keep no more answers, and forget those that were kept: the version is on its way out."""
+        with self._cache.lock:
+            self._keeps = False
+        self._cache.forget(self._owner)
+
+    def _key_of_led(self, request: InferRequest) -> bytes | None:
+        fingerprint = request.fingerprint
+        if fingerprint is None or self._flights.leader(fingerprint[0]) is not request:
+            return None
+        return fingerprint[0]
+
+    def _without(self, request: InferRequest) -> list[InferRequest]:
+        """Take the work of a flight out of the queue when this was the last request that wanted it: its leader."""
+        assert request.fingerprint is not None, "it is in a flight"
+        key = request.fingerprint[0]
+        if not self._flights.leave(key, request):
+            return []
+        leader = self._flights.leader(key)
+        if leader is None or not self.queue.cancel(leader):
+            return []
+        self._flights.land((key,))
+        return [leader]
+
+
+def read_shared(request: InferRequest) -> None:
+    """Read a request's inputs out of shared memory, once and for all; raises what reading raises."""
+    shared = request.shared
+    assert shared is not None, "it has inputs in shared memory"
+    request.arrays |= {name: tensor.read() for name, tensor in shared.inputs.items()}
+    request.shared = SharedTensors({}, shared.outputs)
+
+
+def _entries(batch: Sequence[InferRequest], answers: Sequence[Sequence[Buffer]]) -> list[Entry]:
+    first = batch[0]
+    if first.shared is not None and first.shared.outputs:
+        payloads: list[Sequence[Buffer]] = [request.payload for request in batch]
+    else:
+        payloads = [answer[1:] if request.id else answer for request, answer in zip(batch, answers, strict=True)]
+    if _size_of(payloads[0]) > JOINED_BYTES_MAX:
+        return [_large_entry(request, payload, len(batch)) for request, payload in zip(batch, payloads, strict=True)]
+    return [
+        (ENTRY_BYTES + request.size_bytes + len(payload), request.fingerprint, payload)  # type: ignore[misc] # not None
+        for request, payload in zip(batch, map(b"".join, payloads), strict=True)
+    ]
+
+
+def _large_entry(request: InferRequest, payload: Sequence[Buffer], batch_length: int) -> Entry:
+    """An entry with the parts as they are; of a larger batch they are views of all of it, and are copied."""
+    assert request.fingerprint is not None, "the caller looked"
+    parts = tuple(payload) if batch_length == 1 else tuple(map(bytes, payload))
+    return ENTRY_BYTES + request.size_bytes + _size_of(parts), request.fingerprint, parts
+
+
+def _size_of(parts: Sequence[Buffer]) -> int:
+    return sum(map(len, parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
