@@ -2,7 +2,8 @@
 
 Invariants
 ----------
-* The sizes of the entries never add up to more than `max_bytes`; `size_bytes` is their sum.
+* The sizes of the entries never add up to more than `max_bytes`; `size_bytes` is their sum. An entry's size is its
+  `len`, and what each takes besides.
 * An entry that is larger than the bound on its own is not kept, and takes nobody's place.
 * What leaves for want of room is what was put or got longest ago.
 * Memory is proportional to the entries, however often they are used.
@@ -15,25 +16,23 @@ takes twice as long for it, and a plain dict would have to be searched from its 
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from operator import itemgetter
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Iterable, Sequence, Sized
+from typing import Final, Generic, TypeVar
 
-E = TypeVar("E", bound=tuple[Any, ...])
+E = TypeVar("E", bound=Sized)
 
 STALE_KEPT: Final = 64
 """Stale places are dropped when they outnumber the entries by this: a small table pays for it once in 64 uses."""
 
-_size_of = itemgetter(0)
-
 
 class LruTable(Generic[E]):
-    """Entries by their keys. An entry is a tuple, and its first item is its size in bytes."""
+    """Entries by their keys. The `len` of an entry is in bytes, and `entry_bytes` are added to that of each."""
 
-    __slots__ = ("_entries", "_order", "_stale", "evictions", "max_bytes", "size_bytes")
+    __slots__ = ("_entries", "_entry_bytes", "_order", "_stale", "evictions", "max_bytes", "size_bytes")
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, entry_bytes: int = 0) -> None:
         self.max_bytes = max_bytes
+        self._entry_bytes = entry_bytes
         self.size_bytes = 0
         self.evictions = 0
         self._entries: dict[bytes, E] = {}
@@ -70,23 +69,28 @@ class LruTable(Generic[E]):
         if not self._entries.keys().isdisjoint(keys):
             for key in keys:
                 self.discard(key)
-        sizes = list(map(_size_of, entries))
-        if max(sizes, default=0) > self.max_bytes:
-            kept = [(key, entry) for key, entry in zip(keys, entries, strict=True) if entry[0] <= self.max_bytes]
-            self.put([key for key, _ in kept], [entry for _, entry in kept])
+        added_bytes = sum(map(len, entries)) + len(keys) * self._entry_bytes
+        if added_bytes > self.max_bytes:
+            self._put_each(keys, entries)
             return
         self._entries.update(zip(keys, entries, strict=True))
         self._order.extend(keys)
-        self.size_bytes += sum(sizes)
+        self.size_bytes += added_bytes
         if self.size_bytes > self.max_bytes:
             self._make_room()
+
+    def _put_each(self, keys: Sequence[bytes], entries: Sequence[E]) -> None:
+        """Put what together is larger than the bound; what is so on its own is left out."""
+        for key, entry in zip(keys, entries, strict=True):
+            if len(entry) + self._entry_bytes <= self.max_bytes:
+                self.put((key,), (entry,))
 
     def discard(self, key: bytes) -> bool:
         """Forget the entry of a key: whether there was one."""
         entry = self._entries.pop(key, None)
         if entry is None:
             return False
-        self.size_bytes -= entry[0]
+        self.size_bytes -= len(entry) + self._entry_bytes
         self._stale[key] = self._stale.get(key, 0) + 1
         if len(self._order) > 2 * len(self._entries) + STALE_KEPT:
             self._drop_stale()
@@ -94,13 +98,13 @@ class LruTable(Generic[E]):
 
     def _make_room(self) -> None:
         entries, stale, next_key = self._entries, self._stale, self._order.popleft
-        size_bytes, before = self.size_bytes, len(entries)
+        size_bytes, before, entry_bytes = self.size_bytes, len(entries), self._entry_bytes
         while size_bytes > self.max_bytes:
             key = next_key()
             if stale and key in stale:
                 self._forget_stale(key)
             else:
-                size_bytes -= entries.pop(key)[0]
+                size_bytes -= len(entries.pop(key)) + entry_bytes
         self.size_bytes = size_bytes
         self.evictions += before - len(entries)
 

@@ -8,19 +8,20 @@ from sluice_batching import LruTable
 
 KEYS = [bytes([number]) for number in range(12)]
 
-Entry = tuple[int, int]
-"""Its size, and a number that tells it from all others."""
+Entry = bytes
+"""Of its own size."""
 
 
 def put(table: LruTable[Entry], *entries: tuple[bytes, int]) -> None:
-    table.put([key for key, _ in entries], [(size, 0) for _, size in entries])
+    table.put([key for key, _ in entries], [bytes(size) for _, size in entries])
 
 
 class NaiveLru:
     """What the table promises, with no thought of cost: `entries` in order of their last use."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, entry_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.entry_bytes = entry_bytes
         self.entries: list[tuple[bytes, Entry]] = []
         self.evictions = 0
 
@@ -30,13 +31,19 @@ class NaiveLru:
     def discard(self, key: bytes) -> None:
         self.entries = [item for item in self.entries if item[0] != key]
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(entry) + self.entry_bytes for _, entry in self.entries)
+
     def put(self, keys: list[bytes], entries: list[Entry]) -> None:
         for key in keys:
             self.discard(key)
-        self.entries += [(key, entry) for key, entry in zip(keys, entries, strict=True) if entry[0] <= self.max_bytes]
-        while sum(entry[0] for _, entry in self.entries) > self.max_bytes:
-            del self.entries[0]
-            self.evictions += 1
+        for key, entry in zip(keys, entries, strict=True):
+            if len(entry) + self.entry_bytes <= self.max_bytes:
+                self.entries.append((key, entry))
+                while self.size_bytes > self.max_bytes:
+                    del self.entries[0]
+                    self.evictions += 1
 
     def use(self, key: bytes) -> None:
         item = next(item for item in self.entries if item[0] == key)
@@ -47,16 +54,16 @@ class NaiveLru:
 class LruAgainstModel(RuleBasedStateMachine):
     """Every call goes to both; afterwards both hold the same, and would evict in the same order."""
 
-    @initialize(max_bytes=st.integers(0, 40))
-    def start(self, max_bytes: int) -> None:
-        self.table: LruTable[Entry] = LruTable(max_bytes)
-        self.model = NaiveLru(max_bytes)
+    @initialize(max_bytes=st.integers(0, 40), entry_bytes=st.integers(0, 3))
+    def start(self, max_bytes: int, entry_bytes: int) -> None:
+        self.table: LruTable[Entry] = LruTable(max_bytes, entry_bytes=entry_bytes)
+        self.model = NaiveLru(max_bytes, entry_bytes)
         self.count = 0
 
     @rule(sized=st.dictionaries(st.sampled_from(KEYS), st.integers(1, 15), max_size=5))
     def put(self, sized: dict[bytes, int]) -> None:
         keys = list(sized)
-        entries = [(size, self.count + number) for number, size in enumerate(sized.values())]
+        entries = [bytes([(self.count + number) % 256] * size) for number, size in enumerate(sized.values())]
         self.count += len(keys)
         self.table.put(keys, entries)
         self.model.put(keys, entries)
@@ -82,7 +89,7 @@ class LruAgainstModel(RuleBasedStateMachine):
 
     @invariant()
     def the_sizes_add_up_and_keep_the_bound(self) -> None:
-        assert self.table.size_bytes == sum(entry[0] for _, entry in self.model.entries) <= self.table.max_bytes
+        assert self.table.size_bytes == self.model.size_bytes <= self.table.max_bytes
 
     @invariant()
     def memory_is_bounded_by_the_entries(self) -> None:
@@ -94,7 +101,7 @@ class LruAgainstModel(RuleBasedStateMachine):
         if not self.model.max_bytes:
             return
         for number in range(len(self.model.entries) + 1):
-            filler = [bytes([200, number])], [(min(self.model.max_bytes, 3), 0)]
+            filler = [bytes([200, number])], [bytes(max(0, min(self.model.max_bytes - self.model.entry_bytes, 3)))]
             self.table.put(*filler)
             self.model.put(*filler)
             assert set(self.table.keys()) == {key for key, _ in self.model.entries}
@@ -117,7 +124,7 @@ def test_the_entry_that_was_not_used_for_longest_makes_room():
 def test_looking_without_using_changes_no_order():
     table: LruTable[Entry] = LruTable(10)
     put(table, (b"a", 5), (b"b", 5))
-    assert table.peek(b"a") == (5, 0)
+    assert table.peek(b"a") == bytes(5)
     assert not table.has_none_of([b"a"])
     put(table, (b"c", 1))
     assert table.peek(b"a") is None

@@ -181,6 +181,8 @@ class CachedModel(ServedModel):
             request.model = self
             request.fingerprint = None
             request.call.on_cancel = request.cancel
+        if self._cache.skips(requests):
+            return requests, []
         requests = self._readable(requests)
         if not requests:
             return (), []

@@ -20,7 +20,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from sluice_batching import Coalescer
-from sluice_server.execution.response_cache import ENTRY_BYTES, JOINED_BYTES_MAX, Fingerprints, is_same
+from sluice_server.execution.response_cache import Fingerprints, is_same, make_entries
 from sluice_server.execution.shared_memory import SharedTensors
 
 if TYPE_CHECKING:
@@ -30,16 +30,50 @@ if TYPE_CHECKING:
 
     from sluice_batching import BatchingError, BatchQueue
     from sluice_server.execution.request import InferRequest
-    from sluice_server.execution.response_cache import Entry, Payload, ResponseCache
+    from sluice_server.execution.response_cache import Payload, ResponseCache
     from sluice_server.observability.statistics import ModelStatistics
     from sluice_server.protocol.interface import ModelInterface
+
+
+LOOKUPS_WITHOUT_HIT = 4096
+"""After so many in a row the cache is not worth its time, some microseconds' tenths of each request, under load."""
+
+LOADED_REQUESTS = 4
+"""Requests in a list from which on the server counts as loaded: below, everything is looked up, whatever it is worth."""
+
+LOOK_STRIDE = 8
+"""Of the lists that need not be looked up every 8th is, so that it is soon known when requests begin to repeat."""
+
+
+class Worth:
+    """Knows when looking up is not worth it: when nothing has been found for long, and many requests come at once.
+
+    Races between threads cost a lookup more or less.
+    """
+
+    __slots__ = ("_lists", "_without_hit")
+
+    def __init__(self) -> None:
+        self._without_hit = 0
+        self._lists = 0
+
+    def skips(self, requests: int) -> bool:
+        """Whether a list of so many requests is better not looked up."""
+        if self._without_hit < LOOKUPS_WITHOUT_HIT or requests < LOADED_REQUESTS:
+            return False
+        self._lists = (self._lists + 1) % LOOK_STRIDE
+        return self._lists != 0
+
+    def looked_up(self, requests: int, misses: int) -> None:
+        """Note a list that was looked up."""
+        self._without_hit = self._without_hit + misses if misses == requests else 0
 
 
 class Admitted(NamedTuple):
     """What is to be done with a list of requests; those that are in none of these follow another."""
 
     leaders: Sequence[InferRequest]
-    """To be queued and run."""
+    """To be queued and run, for all who come to follow them; or only for themselves, without a fingerprint."""
     hits: Sequence[tuple[InferRequest, Payload]] = ()
     """To be answered with what was kept."""
     refused: Sequence[tuple[InferRequest, BatchingError]] = ()
@@ -67,18 +101,26 @@ class ModelCache:
         self._flights: Coalescer[InferRequest] = Coalescer()
         self._statistics = statistics
         self._clock = clock
+        self._worth = Worth()
         self._keeps = True
 
     def __repr__(self) -> str:
         return f"<ModelCache {self._flights!r}, {self.following!r}>"
 
+    def skips(self, requests: Sequence[InferRequest]) -> bool:
+        """Whether these are to be run without being looked up: under load, when nothing has been found for long."""
+        if not self._worth.skips(len(requests)):
+            return False
+        self._statistics.record_cache_skipped(len(requests))
+        return True
+
     def admit(self, requests: Sequence[InferRequest]) -> Admitted:
         """Look up requests that have no inputs in shared memory (any more); leaders are in flight from now on."""
         began_ns = self._clock()
-        fingerprints = self._fingerprints.of(requests)
-        keys = [fingerprint[0] for fingerprint in fingerprints]
-        for request, fingerprint in zip(requests, fingerprints, strict=True):
+        keys = []
+        for request, fingerprint in zip(requests, self._fingerprints.of(requests), strict=True):
             request.fingerprint = fingerprint
+            keys.append(fingerprint[0])
         cache, flights = self._cache, self._flights
         with cache.lock:
             if cache.table.has_none_of(keys) and flights.has_none_of(keys) and len(set(keys)) == len(keys):
@@ -88,6 +130,7 @@ class ModelCache:
                 admitted = self._admit_each(requests)
         looked_up_ns = (self._clock() - began_ns) // len(requests)
         misses, hits = len(admitted.leaders), len(admitted.hits)
+        self._worth.looked_up(len(requests), misses)
         self._statistics.record_cache_lookups(misses, miss_ns=looked_up_ns * misses, hit_ns=looked_up_ns * hits)
         return admitted
 
@@ -102,7 +145,7 @@ class ModelCache:
             leader = self._flights.leader(key)
             if leader is not None:
                 assert leader.fingerprint is not None, "it leads"
-                if not is_same(leader.fingerprint, fingerprint):
+                if leader.fingerprint[1] != fingerprint[1] or not is_same(leader.fingerprint[2], fingerprint[2]):
                     request.fingerprint = None  # another's place is not its own, and it runs alone
                     leaders.append(request)
                     continue
@@ -123,27 +166,27 @@ class ModelCache:
     ) -> list[tuple[InferRequest, Payload]]:
         """Keep the answers of a batch that has run, and give what its followers are to be answered with."""
         began_ns = self._clock()
-        leading = batch
-        if None in [request.fingerprint for request in batch]:
-            pairs = [pair for pair in zip(batch, answers, strict=True) if pair[0].fingerprint is not None]
-            leading, answers = [request for request, _ in pairs], [answer for _, answer in pairs]
-            if not leading:
-                return []
-        entries = _entries(leading, answers)
-        keys = [entry[1][0] for entry in entries]
+        leading: Sequence[InferRequest] = [request for request in batch if request.fingerprint is not None]
+        if not leading:
+            return []
+        if len(leading) < len(batch):
+            answers = [each for request, each in zip(batch, answers, strict=True) if request.fingerprint is not None]
+        payloads = _payloads(leading, answers)
+        keys = [request.fingerprint[0] for request in leading]  # type: ignore[index] # they lead
+        entries = make_entries(leading, payloads, shares_memory=len(batch) > 1)
+        followers: list[tuple[InferRequest, Payload]] = []
         with self._cache.lock:
             if self._keeps:
                 self._cache.table.put(keys, entries)
             if self._flights.has_followers:
                 followers = [
-                    (follower, entry[2])
-                    for key, entry in zip(keys, entries, strict=True)
+                    (follower, tuple(payload))
+                    for key, payload in zip(keys, payloads, strict=True)
                     for follower in self._flights.land((key,))
                     if self.following.cancel(follower)
                 ]
             else:
                 self._flights.land(keys)
-                followers = []
         self._statistics.record_cache_lookups(0, miss_ns=self._clock() - began_ns, hit_ns=0)
         return followers
 
@@ -223,26 +266,15 @@ def read_shared(request: InferRequest) -> None:
     request.shared = SharedTensors({}, shared.outputs)
 
 
-def _entries(batch: Sequence[InferRequest], answers: Sequence[Sequence[Buffer]]) -> list[Entry]:
-    first = batch[0]
-    if first.shared is not None and first.shared.outputs:
-        payloads: list[Sequence[Buffer]] = [request.payload for request in batch]
-    else:
-        payloads = [answer[1:] if request.id else answer for request, answer in zip(batch, answers, strict=True)]
-    if _size_of(payloads[0]) > JOINED_BYTES_MAX:
-        return [_large_entry(request, payload, len(batch)) for request, payload in zip(batch, payloads, strict=True)]
+def _payloads(batch: Sequence[InferRequest], answers: Sequence[Sequence[Buffer]]) -> Sequence[Sequence[Buffer]]:
+    """The answers without the ids; where these are without what is in shared memory, what was put aside."""
+    if not any([request.id for request in batch]) and not any([request.shared for request in batch]):
+        return answers
     return [
-        (ENTRY_BYTES + request.size_bytes + len(payload), request.fingerprint, payload)  # type: ignore[misc] # not None
-        for request, payload in zip(batch, map(b"".join, payloads), strict=True)
+        request.payload
+        if request.shared is not None and request.shared.outputs
+        else answer[1:]
+        if request.id
+        else answer
+        for request, answer in zip(batch, answers, strict=True)
     ]
-
-
-def _large_entry(request: InferRequest, payload: Sequence[Buffer], batch_length: int) -> Entry:
-    """An entry with the parts as they are; of a larger batch they are views of all of it, and are copied."""
-    assert request.fingerprint is not None, "the caller looked"
-    parts = tuple(payload) if batch_length == 1 else tuple(map(bytes, payload))
-    return ENTRY_BYTES + request.size_bytes + _size_of(parts), request.fingerprint, parts
-
-
-def _size_of(parts: Sequence[Buffer]) -> int:
-    return sum(map(len, parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes

@@ -5,6 +5,9 @@ collision costs a hit and never gives a wrong answer. So an entry keeps the inpu
 What is not in the bytes of the inputs (version, shapes, requested outputs, classes) is told apart by a number, the
 specification: it seeds the hash, and is compared as well.
 
+A small entry is one `bytes`: specification, inputs, answer. That is one thing to make and to free, nothing that the
+collector follows, and nothing else that it keeps in memory. A large one refers to the tensors and copies none.
+
 Lock: `ResponseCache.lock` guards the table, and the flights of every version (`model_cache.py`). It is held while a
 list of requests is looked up or a batch of answers is put: for some dictionary operations each. Hashing is done before.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import threading
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import xxhash
@@ -24,43 +27,63 @@ from sluice_proto import tensors
 from sluice_server.observability.metrics import CacheUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Hashable, Sequence
 
     from typing_extensions import Buffer
 
     from sluice_server.execution.request import InferRequest
     from sluice_server.protocol.interface import ModelInterface
 
-Content: TypeAlias = "bytes | np.ndarray | tuple[bytes | np.ndarray, ...]"
-"""What is hashed and compared of the inputs: the only one, or all in the order of the configuration; BYTES as on the
-wire."""
+Content: TypeAlias = "bytes | tuple[bytes | np.ndarray, ...]"
+"""What is hashed and compared of the inputs, in the order of the configuration, BYTES as on the wire: joined when they
+are small. A specification and the joined bytes say what each input is."""
 
 Payload: TypeAlias = "bytes | tuple[Buffer, ...]"
 """An answer without its request's id: one piece, or the parts of the encoder (the head, then a prefix and a raw tensor
 for each output)."""
 
-Fingerprint: TypeAlias = "tuple[bytes, int, Content]"
-"""What requests are told apart by: the hash, the specification, the content. The hash alone is the key."""
-
-Entry: TypeAlias = "tuple[int, Fingerprint, Payload]"
-"""Its size in bytes, what was asked, and the answer. Plain tuples of what the collector need not follow: a million of
-them must not make its runs longer."""
-
 Digest: TypeAlias = "Callable[[Any, int], bytes]"
 """A hash of 16 bytes over a buffer (arrays too; numpy's stubs know of that from Python 3.12 on), with a seed."""
 
-ENTRY_BYTES = 640
-"""What an entry takes beside the bytes of its message and its answer: measured with small tensors, Python 3.11."""
+ENTRY_BYTES = 320
+"""What an entry takes beside its bytes: its key, its places in the table, the heads of the objects. Measured with a
+million small entries, Python 3.11."""
+
+SMALL_BYTES_MAX = 4096
+"""Up to this size inputs and answers are copied into one piece, which takes less than keeping several."""
 
 SPECS_MAX = 4096
 """Specifications that a version remembers by number: more than the shapes in use. With more all get new numbers, and
 what was kept under the old ones is not found any more."""
 
-JOINED_BYTES_MAX = 4096
-"""Up to this size inputs are copied and answers joined to be hashed, compared and kept; larger ones stay in place."""
+_OWNER_BYTES = 4
+_NUMBER_BYTES = 4
 
-OWNER_SHIFT = 32
-"""A specification's number has its version's number above these bits."""
+
+class Spec(NamedTuple):
+    """The number of a specification, as a seed and as bytes; the first four are those of its version."""
+
+    seed: int
+    prefix: bytes
+
+
+Fingerprint: TypeAlias = tuple[bytes, bytes, Content]
+"""What requests are told apart by: the hash, the specification, the content. The hash alone is the key."""
+
+
+class LargeEntry:
+    """What was asked and answered, where that is more than a few kilobytes; its length is its size in bytes."""
+
+    __slots__ = ("_size_bytes", "content", "payload", "prefix")
+
+    def __init__(self, prefix: bytes, content: Content, payload: Payload, size_bytes: int) -> None:
+        self.prefix = prefix
+        self.content = content
+        self.payload = payload
+        self._size_bytes = size_bytes
+
+    def __len__(self) -> int:
+        return self._size_bytes
 
 
 class ResponseCache:
@@ -68,28 +91,35 @@ class ResponseCache:
 
     def __init__(self, max_bytes: int, digest: Digest = xxhash.xxh3_128_digest) -> None:
         self.lock = threading.Lock()
-        self.table: LruTable[Entry] = LruTable(max_bytes)
+        self.table: LruTable[bytes | LargeEntry] = LruTable(max_bytes, entry_bytes=ENTRY_BYTES)
         self.digest = digest
         # Nobody outside can foresee the seeds, and so make up inputs whose hashes are the same.
-        self._owners = itertools.count(secrets.randbits(31))
+        self._owners = itertools.count(secrets.randbits(8 * _OWNER_BYTES - 1))
 
     def __repr__(self) -> str:
         return f"<ResponseCache {self.table!r}>"
 
-    def new_owner(self) -> int:
-        """A number for a version that is being loaded, which no other has."""
-        return next(self._owners)
+    def new_owner(self) -> bytes:
+        """Four bytes for a version that is being loaded, which no other has."""
+        return next(self._owners).to_bytes(_OWNER_BYTES, "big")
 
     def find(self, fingerprint: Fingerprint) -> Payload | None:
         """The answer to what was asked, which is used by that; the lock is held."""
-        key = fingerprint[0]
+        key, prefix, content = fingerprint
         entry = self.table.peek(key)
-        if entry is None or not is_same(entry[1], fingerprint):
+        payload: Payload
+        if isinstance(entry, bytes):
+            if not isinstance(content, bytes) or not entry.startswith(asked := prefix + content):
+                return None
+            payload = entry[len(asked) :]
+        elif entry is None or entry.prefix != prefix or not is_same(entry.content, content):
             return None
+        else:
+            payload = entry.payload
         self.table.use(key)
-        return entry[2]
+        return payload
 
-    def forget(self, owner: int) -> None:
+    def forget(self, owner: bytes) -> None:
         """Forget all answers of a version; takes the lock for a thousand entries at a time."""
         with self.lock:
             keys = iter(self.table.keys())
@@ -97,7 +127,7 @@ class ResponseCache:
             with self.lock:
                 for key in chunk:
                     entry = self.table.peek(key)
-                    if entry is not None and entry[1][1] >> OWNER_SHIFT == owner:
+                    if entry is not None and _prefix_of(entry).startswith(owner):
                         self.table.discard(key)
 
     def usage(self) -> CacheUsage:
@@ -113,54 +143,56 @@ class Fingerprints:
     Two threads that meet a new specification at once may give it two numbers: a hit is lost, nothing more.
     """
 
-    __slots__ = ("_digest", "_inputs", "_next_spec", "_only_input", "_plain_specs", "_specs")
+    __slots__ = ("_digest", "_inputs", "_numbers", "_only_input", "_owner", "_plain_specs", "_specs")
 
-    def __init__(self, interface: ModelInterface, owner: int, digest: Digest) -> None:
+    def __init__(self, interface: ModelInterface, owner: bytes, digest: Digest) -> None:
         self._digest = digest
+        self._owner = owner
         self._inputs = tuple(interface.inputs.values())
         # The only input of a fixed-size type: its view of the message is all that there is to hash.
         single = len(self._inputs) == 1 and self._inputs[0].dtype.itemsize and not self._inputs[0].optional
         self._only_input = self._inputs[0].name if single else ""
-        self._next_spec = itertools.count(owner << OWNER_SHIFT)
-        self._specs: dict[Hashable, int] = {}
+        self._numbers = itertools.count()
+        self._specs: dict[Hashable, Spec] = {}
         # By what a plain request carries with it already.
-        self._plain_specs: dict[tuple[Hashable, int], int] = {}
+        self._plain_specs: dict[tuple[Hashable, int], Spec] = {}
 
-    def of(self, requests: Iterable[InferRequest]) -> list[Fingerprint]:
+    def of(self, requests: Sequence[InferRequest]) -> list[Fingerprint]:
         """The fingerprint of each request; none of them has inputs in shared memory any more."""
-        digest, only_input = self._digest, self._only_input
-        last_key = last_rows = spec = None
-        found: list[Fingerprint] = []
-        for request in requests:
-            if request.classes is not None or request.shared is not None:
-                own_spec = self._spec(request)
-            else:
-                if request.key is not last_key or request.rows != last_rows:
-                    last_key, last_rows = request.key, request.rows
-                    spec = self._plain_spec(request)
-                own_spec = spec  # type: ignore[assignment] # it is set with the first key
-            if only_input:
-                array = request.arrays[only_input]
-                found.append((digest(array, own_spec), own_spec, array))
-            else:
-                found.append(self._of_several(request, own_spec))
-        return found
+        first = requests[0]
+        name, key, rows = self._only_input, first.key, first.rows
+        # The keys of plain requests of one kind are one object, and those of others are made for each.
+        if (
+            not name
+            or first.shared is not None
+            or first.classes is not None
+            or first.arrays[name].nbytes > SMALL_BYTES_MAX
+            or [request for request in requests if request.key is not key or request.rows != rows]
+        ):
+            return [self._of_one(request) for request in requests]
+        seed, prefix = self._plain_spec(first)
+        contents = [request.arrays[name].tobytes() for request in requests]
+        digests = map(self._digest, contents, itertools.repeat(seed))
+        return list(zip(digests, itertools.repeat(prefix), contents, strict=False))  # the prefix has no end
 
-    def _of_several(self, request: InferRequest, spec: int) -> Fingerprint:
+    def _of_one(self, request: InferRequest) -> Fingerprint:
+        is_plain = request.classes is None and request.shared is None
+        seed, prefix = self._plain_spec(request) if is_plain else self._spec(request)
         arrays = request.arrays
-        content: tuple[Any, ...] = tuple(
+        parts: tuple[Any, ...] = tuple(
             arrays[item.name] if item.dtype.itemsize else tensors.to_buffer(arrays[item.name])
             for item in self._inputs
             if item.name in arrays
         )
-        if sum(map(memory_bytes, content)) <= JOINED_BYTES_MAX:
-            # As long as the lengths of all but one follow from the specification, no two contents are joined alike;
-            # and whatever is joined alike is compared part by part.
-            return self._digest(b"".join(content), spec), spec, content
-        parts = b"".join([self._digest(part, spec) for part in content])
-        return self._digest(parts, spec), spec, content
+        if sum(map(_size_of, parts)) <= SMALL_BYTES_MAX:
+            content = b"".join([_copied(part) for part in parts])
+            return self._digest(content, seed), prefix, content
+        digest = self._digest(parts[0], seed)
+        for part in parts[1:]:
+            digest = self._digest(digest + self._digest(part, seed), seed)
+        return digest, prefix, parts
 
-    def _plain_spec(self, request: InferRequest) -> int:
+    def _plain_spec(self, request: InferRequest) -> Spec:
         plain = (request.key, request.rows)
         spec = self._plain_specs.get(plain)
         if spec is None:
@@ -169,7 +201,7 @@ class Fingerprints:
             spec = self._plain_specs[plain] = self._spec(request)
         return spec
 
-    def _spec(self, request: InferRequest) -> int:
+    def _spec(self, request: InferRequest) -> Spec:
         """The number of everything in a request that is not in the bytes of its inputs."""
         arrays = request.arrays
         shapes = tuple((item.name, arrays[item.name].shape) for item in self._inputs if item.name in arrays)
@@ -180,37 +212,56 @@ class Fingerprints:
             if len(self._specs) >= SPECS_MAX:
                 self._specs.clear()
                 self._plain_specs.clear()
-            spec = self._specs[told_apart] = next(self._next_spec)
+            prefix = self._owner + next(self._numbers).to_bytes(_NUMBER_BYTES, "big")
+            spec = self._specs[told_apart] = Spec(int.from_bytes(prefix, "big"), prefix)
         return spec
 
 
-def is_same(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether two requests of equal hashes ask for the same: specifications and all bytes are compared."""
-    if one[1] != other[1]:
-        return False
-    mine, theirs = one[2], other[2]
-    if isinstance(mine, tuple) and isinstance(theirs, tuple):
-        return len(mine) == len(theirs) and all(map(_has_same_bytes, mine, theirs))
-    return _has_same_bytes(mine, theirs)  # type: ignore[arg-type] # one model's contents are all of one form
+def make_entries(
+    batch: Sequence[InferRequest], payloads: Sequence[Sequence[Buffer]], *, shares_memory: bool
+) -> list[bytes | LargeEntry]:
+    """What is kept of requests and their answers, whose parts `shares_memory` with each other, as one batch's do.
+
+    Requests of a batch ask for the same outputs, so their answers have equally many parts.
+    """
+    _, prefixes, contents = zip(*[request.fingerprint for request in batch], strict=True)
+    if tuple not in map(type, contents) and _parts_bytes(payloads[0]) <= SMALL_BYTES_MAX:
+        # Each column is one part of all entries.
+        return list(map(b"".join, zip(prefixes, contents, *zip(*payloads, strict=True), strict=True)))
+    entries: list[bytes | LargeEntry] = []
+    for request, prefix, content, payload in zip(batch, prefixes, contents, payloads, strict=True):
+        parts = tuple(map(bytes, payload)) if shares_memory else tuple(payload)
+        # The content is views of the message, which holds little else.
+        entries.append(LargeEntry(prefix, content, parts, request.size_bytes + _parts_bytes(parts)))
+    return entries
+
+
+def is_same(one: Content, other: Content) -> bool:
+    """Whether the inputs of two requests of one specification are the same, byte for byte."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_has_same_bytes, one, other))
+    return one == other
 
 
 def _has_same_bytes(one: bytes | np.ndarray, other: bytes | np.ndarray) -> bool:
-    size_bytes = memory_bytes(one)
-    if size_bytes != memory_bytes(other):
-        return False
-    if size_bytes <= JOINED_BYTES_MAX:
-        return _copied(one) == _copied(other)
     return bool(np.array_equal(_flat(one), _flat(other)))
 
 
-def memory_bytes(data: bytes | np.ndarray) -> int:
-    """How many bytes a buffer has."""
-    return len(data) if isinstance(data, bytes) else data.nbytes
+def _flat(data: bytes | np.ndarray) -> np.ndarray:
+    return np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
+
+
+def _parts_bytes(parts: Sequence[Buffer]) -> int:
+    return sum(map(len, parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
 
 
 def _copied(data: bytes | np.ndarray) -> bytes:
     return data if isinstance(data, bytes) else data.tobytes()
 
 
-def _flat(data: bytes | np.ndarray) -> np.ndarray:
-    return np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
+def _size_of(data: bytes | np.ndarray) -> int:
+    return len(data) if isinstance(data, bytes) else data.nbytes
+
+
+def _prefix_of(entry: bytes | LargeEntry) -> bytes:
+    return entry[: _OWNER_BYTES + _NUMBER_BYTES] if isinstance(entry, bytes) else entry.prefix

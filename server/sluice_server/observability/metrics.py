@@ -276,6 +276,12 @@ _MODEL_FAMILIES = (
         "Hits that waited for the run of an equal request in flight",
         _cached(lambda cache: cache.coalesced),
     ),
+    _ModelFamily(
+        "sluice_cache_skipped_total",
+        "counter",
+        "Misses that were not looked up, as nothing had been found for long and many requests came at once",
+        _cached(lambda cache: cache.skipped),
+    ),
     _ModelFamily("sluice_requests_total", "counter", "Requests to the model by how they ended", _outcomes),
     _ModelFamily("sluice_batch_rows", "histogram", "Rows of the batches that were executed", _batch_rows),
     _ModelFamily("sluice_queue_rows", "gauge", "Rows that wait in the queue", _value(lambda model: model.queue_rows)),

@@ -87,12 +87,13 @@ class CacheCounts:
 
     `hit` counts the requests that were answered without a run of their own, `miss` those that were not found; the times
     are those of looking up and, for a miss, of keeping the answer. `coalesced` of the hits waited for the run of an
-    equal request that was in flight.
+    equal request that was in flight; `skipped` of the misses were not looked up, as nothing had been found for long.
     """
 
     hit: Duration
     miss: Duration
     coalesced: int
+    skipped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class ModelStatistics:
         "_cache_hits",
         "_cache_miss_ns",
         "_cache_misses",
+        "_cache_skipped",
         "_caches",
         "_coalesced",
         "_compute_infer_ns",
@@ -152,7 +154,8 @@ class ModelStatistics:
     def __init__(self, *, wall_ns: Callable[[], int] = time.time_ns, caches: bool = False) -> None:
         self._wall_ns = wall_ns
         self._caches = caches
-        self._cache_hits = self._cache_hit_ns = self._cache_misses = self._cache_miss_ns = self._coalesced = 0
+        self._cache_hits = self._cache_hit_ns = self._coalesced = 0
+        self._cache_misses = self._cache_miss_ns = self._cache_skipped = 0
         self._lock = threading.Lock()
         self._rows = self._executions = self._requests = self._last_inference_ns = 0
         self._success_ns = self._queue_ns = self._fail_ns = 0
@@ -204,6 +207,12 @@ class ModelStatistics:
             self._cache_misses += misses
             self._cache_miss_ns += miss_ns
             self._cache_hit_ns += hit_ns
+
+    def record_cache_skipped(self, misses: int) -> None:
+        """Count requests that were not looked up."""
+        with self._lock:
+            self._cache_misses += misses
+            self._cache_skipped += misses
 
     def record_cache_hits(self, requests: int, *, total_ns: int, queue_ns: int, coalesced: bool) -> None:
         """Count requests that were answered without a run of their own; the times as in `record_batch`.
@@ -264,6 +273,7 @@ class ModelStatistics:
             hit=Duration(self._cache_hits, self._cache_hit_ns),
             miss=Duration(self._cache_misses, self._cache_miss_ns),
             coalesced=self._coalesced,
+            skipped=self._cache_skipped,
         )
 
     def _outcomes(self, ok: int) -> dict[Outcome, int]:
