@@ -96,14 +96,7 @@ class Server:
         self._cache = ResponseCache(settings.models.cache_bytes) if settings.models.cache_bytes else None
         self._health = health.Health()
         self._reflection = reflection.Reflection((SERVICE.full_name, health.SERVICE.full_name))
-        self.manager = ModelManager(
-            Repositories(settings.models.repositories),
-            ModelLoader(settings.models, to_status, self._timer, environ, self._cache),
-            mode=settings.models.control_mode,
-            strict_readiness=settings.strict_readiness,
-            load_threads=settings.models.load_threads,
-            on_readiness=self._set_serving,
-        )
+        self.manager = self._create_manager(to_status, environ)
         self._poller = Poller(self.manager.poll, settings.models.poll_interval_s)
         control = ControlPolicy(allow_any=settings.allow_any_control)
         regions = SharedMemory(RegionTable() if settings.allow_client_shm else None, control)
@@ -131,6 +124,17 @@ class Server:
             "metrics": _listener(HttpFront(Metrics(self.render_metrics), to_status), settings.metrics),
         }
         self._http = HttpServer([listener for listener in self._listeners.values() if listener is not None])
+
+    def _create_manager(self, to_status: StatusMapper, environ: Mapping[str, str]) -> ModelManager:
+        settings = self._settings
+        return ModelManager(
+            Repositories(settings.models.repositories),
+            ModelLoader(settings.models, to_status, self._timer, environ, self._cache),
+            mode=settings.models.control_mode,
+            strict_readiness=settings.strict_readiness,
+            load_threads=settings.models.load_threads,
+            on_readiness=self._set_serving,
+        )
 
     def _create_rpcs(self, control: ControlPolicy, regions: SharedMemory) -> Mapping[str, Rpc]:
         identity = ServerIdentity(self._settings.server_id, self._version, EXTENSIONS + regions.extensions)

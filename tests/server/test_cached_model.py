@@ -1,4 +1,4 @@
-"""A version with a response cache on fakes: who runs, who follows, and that every request ends once, whatever happens."""
+"""A version with a response cache on fakes: who runs, who follows, and that every request ends once."""
 
 from __future__ import annotations
 

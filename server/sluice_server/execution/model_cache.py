@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 LOOKUPS_WITHOUT_HIT = 4096
-"""After so many in a row the cache is not worth its time, some microseconds' tenths of each request, under load."""
+"""After so many in a row the cache is not worth its time under load: a microsecond of each request's ten and more."""
 
 LOADED_REQUESTS = 4
-"""Requests in a list from which on the server counts as loaded: below, everything is looked up, whatever it is worth."""
+"""Requests in one list from which on the server counts as loaded. Shorter lists are always looked up."""
 
 LOOK_STRIDE = 8
 """Of the lists that need not be looked up every 8th is, so that it is soon known when requests begin to repeat."""
@@ -268,7 +268,7 @@ def read_shared(request: InferRequest) -> None:
 
 def _payloads(batch: Sequence[InferRequest], answers: Sequence[Sequence[Buffer]]) -> Sequence[Sequence[Buffer]]:
     """The answers without the ids; where these are without what is in shared memory, what was put aside."""
-    if not any([request.id for request in batch]) and not any([request.shared for request in batch]):
+    if not [request for request in batch if request.id or request.shared is not None]:
         return answers
     return [
         request.payload

@@ -46,8 +46,8 @@ Digest: TypeAlias = "Callable[[Any, int], bytes]"
 """A hash of 16 bytes over a buffer (arrays too; numpy's stubs know of that from Python 3.12 on), with a seed."""
 
 ENTRY_BYTES = 160
-"""What an entry takes beside its bytes: its key, its places in the table, the heads of the objects. Python 3.11 takes 120
-to 200 for a small one, depending on how full the table is; a test holds it to that."""
+"""What an entry takes beside its bytes: its key, its places in the table, the heads of the objects. Python 3.11 takes
+120 to 200 for a small one, depending on how full the table is; a test holds it to that."""
 
 SMALL_BYTES_MAX = 4096
 """Up to this size inputs and answers are copied into one piece, which takes less than keeping several."""

@@ -27,6 +27,7 @@ Tensor = ModelInput | ModelOutput
 def check_config(config: ModelConfig, model: str) -> None:
     """Check a normalised configuration that is complete; raises ConfigError with the field that breaks a rule."""
     _check_batching(config, model)
+    _check_response_cache(config, model)
     _check_tensors("input", config.input, config, model)
     _check_tensors("output", config.output, config, model)
     for index, tensor in enumerate(config.input):
@@ -143,6 +144,18 @@ def _check_batching(config: ModelConfig, model: str) -> None:
         if not 0 < size <= config.max_batch_size:
             what = f"{size} must be from 1 to max_batch_size, which is {config.max_batch_size}"
             raise _config_error(model, "dynamic_batching.preferred_batch_size", what)
+
+
+def _check_response_cache(config: ModelConfig, model: str) -> None:
+    """Refuse a cache where an answer does not follow from its request alone, or is several, as Triton does."""
+    if not config.response_cache.enable:
+        return
+    without = "is not there for models with"
+    for scheduler in ("sequence_batching", "ensemble_scheduling"):
+        if config.HasField(scheduler):
+            raise _config_error(model, "response_cache.enable", f"{without} {scheduler}")
+    if config.model_transaction_policy.decoupled:
+        raise _config_error(model, "response_cache.enable", f"{without} decoupled model_transaction_policy")
 
 
 def _check_tensors(kind: str, tensors: Sequence[Tensor], config: ModelConfig, model: str) -> None:
