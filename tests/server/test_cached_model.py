@@ -12,7 +12,7 @@ import pytest
 from sluice_batching import NO_DEADLINE, ExpiryTimer
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
 from sluice_server.errors import BackendError
-from sluice_server.execution.model_cache import LOADED_REQUESTS, LOOK_STRIDE, LOOKUPS_WITHOUT_HIT, Worth
+from sluice_server.execution.model_cache import LOADED_REQUESTS, LOOK_STRIDE, LOOKUPS_WITHOUT_HIT, WINDOW_NS, Worth
 from sluice_server.execution.request import InferRequest
 from sluice_server.execution.response_cache import ENTRY_BYTES, ResponseCache
 from sluice_server.observability.statistics import Outcome
@@ -397,36 +397,57 @@ def test_a_bug_in_a_session_ends_followers_as_well(timer):
     assert model.join(20)
 
 
-def test_looking_up_is_left_when_nothing_is_found_for_long_under_load():
+def doubtful() -> Worth:
     worth = Worth()
-    many = LOADED_REQUESTS
-    worth.looked_up(LOOKUPS_WITHOUT_HIT - 1, LOOKUPS_WITHOUT_HIT - 1)
-    assert not worth.skips(many)
-    worth.looked_up(1, 1)
-    assert [worth.skips(many) for _ in range(2 * LOOK_STRIDE)] == ([True] * (LOOK_STRIDE - 1) + [False]) * 2
-    assert not worth.skips(many - 1), "a server without load looks up everything"
-    worth.looked_up(many, many - 1)
-    assert not worth.skips(many), "one hit is enough"
+    worth.looked_up(LOOKUPS_WITHOUT_HIT, LOOKUPS_WITHOUT_HIT)
+    assert worth.is_doubtful
+    return worth
+
+
+def test_looking_up_is_left_when_nothing_is_found_for_long_under_load():
+    worth = doubtful()
+    assert not worth.skips(LOADED_REQUESTS, 0), "the load is not known yet"
+    skipped = [worth.skips(LOADED_REQUESTS, WINDOW_NS) for _ in range(2 * LOOK_STRIDE)]
+    assert skipped == ([True] * (LOOK_STRIDE - 1) + [False]) * 2
+    worth.looked_up(4, 3)
+    assert not worth.is_doubtful, "one hit is enough"
+    assert not worth.skips(LOADED_REQUESTS, WINDOW_NS)
+
+
+def test_everything_is_looked_up_without_load_and_soon_after_it():
+    worth = doubtful()
+    worth.skips(LOADED_REQUESTS - 1, 0)
+    assert not any(worth.skips(1, WINDOW_NS) for _ in range(LOADED_REQUESTS))
+    assert worth.skips(1, 2 * WINDOW_NS)
+    assert not worth.skips(1, 4 * WINDOW_NS), "a window without requests has passed"
+
+
+def test_lookups_are_in_doubt_only_after_many_misses_in_a_row():
+    worth = Worth()
+    for _ in range(3):
+        worth.looked_up(LOOKUPS_WITHOUT_HIT - 1, LOOKUPS_WITHOUT_HIT - 1)
+        assert not worth.is_doubtful
+        worth.looked_up(2, 1)
 
 
 def test_requests_that_are_not_looked_up_run_and_are_counted_as_misses(start, session):
     session.release()
-    model = start(ResponseCache(1 << 24), max_batch_rows=64)
+    now_ns = 0
+    model = start(ResponseCache(1 << 24), max_batch_rows=64, clock=lambda: now_ns)
     asked = 0
-    while asked < LOOKUPS_WITHOUT_HIT:
+    while asked < LOOKUPS_WITHOUT_HIT + LOADED_REQUESTS:
         for call in ask(model, *range(asked, asked + 64)):
             call.wait()
         asked += 64
-    calls = ask(model, *[10**6] * LOADED_REQUESTS)
-    assert {value_of(call) for call in calls} == {10**6}
+    now_ns += WINDOW_NS
+    calls = ask(model, 10**6, 10**6, 10**6)
+    assert [value_of(call) for call in calls] == [10**6] * 3
     snapshot = model.statistics.snapshot()
     assert snapshot.cache is not None
-    assert snapshot.cache.skipped == LOADED_REQUESTS
-    assert snapshot.cache.miss.count == asked + LOADED_REQUESTS
+    assert (snapshot.cache.skipped, snapshot.cache.miss.count) == (3, asked + 3)
+    now_ns += 2 * WINDOW_NS
     assert value_of(ask(model, 0)[0]) == 0
-    assert counts(model)[1] == 1, "what was kept before is found by a request on its own"
-    ask(model, *range(LOADED_REQUESTS))
-    assert counts(model)[1] == 1 + LOADED_REQUESTS, "and one hit is enough to look up all again"
+    assert counts(model)[1] == 1, "what was kept before is found when the load is over"
 
 
 def test_every_request_of_many_threads_ends_once_with_its_own_answer(start, session):

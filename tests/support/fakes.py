@@ -178,11 +178,12 @@ def served_model(
     max_batch_rows: int = 8,
     instances: int = 1,
     cache: ResponseCache | None = None,
+    clock: Callable[[], int] = time.monotonic_ns,
     **policy: int,
 ) -> ServedModel:
     """A model of one input X and one output Y, both INT64 with one element a row, run by a fake session. Not started.
 
-    `policy` are fields of QueuePolicy. With a cache it is a CachedModel.
+    `policy` are fields of QueuePolicy. With a cache it is a CachedModel, whose lookups are timed by the clock.
     """
     config = ModelConfig(name=name, max_batch_size=max_batch_rows)
     config.input.add(name="X", data_type=DataType.TYPE_INT64, dims=[1])
@@ -196,7 +197,7 @@ def served_model(
         runner = BatchRunner(encoder, statistics, to_status, has_batch_dimension=max_batch_rows > 0)
     else:
         make_model = CachedModel
-        model_cache = ModelCache(cache, interface, queue, BatchQueue(rules), statistics)
+        model_cache = ModelCache(cache, interface, queue, BatchQueue(rules), statistics, clock)
         runner = CachingRunner(encoder, statistics, to_status, model_cache, has_batch_dimension=max_batch_rows > 0)
     threads = [Instance(f"{name}-{number}", queue, session, runner) for number in range(instances)]
     return make_model(config, interface, queue, threads, runner, statistics, to_status, timer, properties={})

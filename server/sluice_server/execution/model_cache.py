@@ -38,28 +38,46 @@ if TYPE_CHECKING:
 LOOKUPS_WITHOUT_HIT = 4096
 """After so many in a row the cache is not worth its time under load: a microsecond of each request's ten and more."""
 
-LOADED_REQUESTS = 4
-"""Requests in one list from which on the server counts as loaded. Shorter lists are always looked up."""
+WINDOW_NS = 100_000_000
+"""Load is counted over this time: long enough to mean something, and over soon after the load is."""
+
+LOADED_REQUESTS = 200
+"""In a window. Below 2,000 requests/s all lookups together take no more than a few thousandths of a core."""
 
 LOOK_STRIDE = 8
 """Of the lists that need not be looked up every 8th is, so that it is soon known when requests begin to repeat."""
 
 
 class Worth:
-    """Knows when looking up is not worth it: when nothing has been found for long, and many requests come at once.
+    """Knows when looking up is not worth it: when nothing has been found for long, and many requests come. Pure.
 
     Races between threads cost a lookup more or less.
     """
 
-    __slots__ = ("_lists", "_without_hit")
+    __slots__ = ("_in_window", "_is_loaded", "_lists", "_window_ends_ns", "_without_hit")
 
     def __init__(self) -> None:
         self._without_hit = 0
         self._lists = 0
+        self._in_window = 0
+        self._is_loaded = False
+        self._window_ends_ns = 0
 
-    def skips(self, requests: int) -> bool:
-        """Whether a list of so many requests is better not looked up."""
-        if self._without_hit < LOOKUPS_WITHOUT_HIT or requests < LOADED_REQUESTS:
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether nothing has been found for so long that it depends on the load."""
+        return self._without_hit >= LOOKUPS_WITHOUT_HIT
+
+    def skips(self, requests: int, now_ns: int) -> bool:
+        """Whether a list of so many requests is better not looked up; asked for every list while it is doubtful."""
+        since_ns = now_ns - self._window_ends_ns
+        if since_ns >= 0:
+            # After a window in which nothing came there is no load, whatever was before.
+            self._is_loaded = since_ns < WINDOW_NS and self._in_window >= LOADED_REQUESTS
+            self._in_window = 0
+            self._window_ends_ns = now_ns + WINDOW_NS
+        self._in_window += requests
+        if not (self._is_loaded and self.is_doubtful):
             return False
         self._lists = (self._lists + 1) % LOOK_STRIDE
         return self._lists != 0
@@ -109,7 +127,7 @@ class ModelCache:
 
     def skips(self, requests: Sequence[InferRequest]) -> bool:
         """Whether these are to be run without being looked up: under load, when nothing has been found for long."""
-        if not self._worth.skips(len(requests)):
+        if not (self._worth.is_doubtful and self._worth.skips(len(requests), self._clock())):
             return False
         self._statistics.record_cache_skipped(len(requests))
         return True
