@@ -38,8 +38,6 @@ REFUSALS = [
     ("ensemble_scheduling {}", "ensemble_scheduling"),
     ('ensemble_scheduling { step { model_name: "a" } }', "ensemble_scheduling"),
     ('platform: "ensemble"', 'platform "ensemble"'),
-    ("model_warmup {}", "model_warmup[0]"),
-    ('model_warmup { name: "zeros" batch_size: 1 }', "model_warmup[0]"),
     ("batch_input { kind: BATCH_ELEMENT_COUNT }", "batch_input[0]"),
     ("batch_output { kind: BATCH_SCATTER_WITH_INPUT_SHAPE }", "batch_output[0]"),
     ("input { allow_ragged_batch: true }", "input[0].allow_ragged_batch"),

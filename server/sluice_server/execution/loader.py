@@ -22,6 +22,7 @@ from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.session import Session
 from sluice_server.execution.threads import available_cpus, plan_threads
+from sluice_server.execution.warmup import warm_up
 from sluice_server.observability.statistics import ModelStatistics
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
@@ -164,7 +165,7 @@ class ModelLoader:
         self._cache = cache
 
     def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> ServedModel:
-        """Load one version; it takes requests once it is started."""
+        """Load one version and warm it up; it takes requests once it is started."""
         prepared = prepare(directory, version, config, self._settings, self._host)
         completed = prepared.config
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
@@ -186,6 +187,8 @@ class ModelLoader:
             for group in prepared.groups
             for number in range(group.threads.instances)
         ]
+        sessions = [(group.session, group.threads.instances) for group in prepared.groups]
+        warm_up(completed, directory.path, interface, runner, sessions)
         return make_model(
             completed,
             interface,
