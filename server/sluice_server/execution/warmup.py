@@ -134,22 +134,23 @@ def _message(sample: ModelWarmup, directory: Path, interface: ModelInterface) ->
             raise _failure(
                 sample, interface, f"'{DIRECTORY}/{item.input_data_file}' of input '{name}': {error.strerror}"
             ) from error
-        left_bytes -= len(row)
-        if left_bytes < 0:
+        if row is None:
             raise _failure(sample, interface, f"its inputs take more than {SAMPLE_BYTES_MAX} bytes")
+        left_bytes -= len(row)
         request.raw_input_contents.append(row * sample.batch_size)
     return request.SerializeToString()
 
 
-def _row(item: ModelWarmup.Input, dtype: DType, directory: Path, most_bytes: int) -> bytes:
-    """One row of an input; one byte more than there may be stands for any larger one."""
+def _row(item: ModelWarmup.Input, dtype: DType, directory: Path, most_bytes: int) -> bytes | None:
+    """One row of an input; None when it takes more bytes than it may."""
     kind = item.WhichOneof("input_data_type")
     if kind == "input_data_file":
         with (directory / DIRECTORY / item.input_data_file).open("rb") as file:
-            return file.read(most_bytes + 1)
+            data = file.read(most_bytes + 1)
+            return data if len(data) <= most_bytes else None
     elements = math.prod(item.dims)
     if elements * (dtype.itemsize or TEXT_HEAD_BYTES) > most_bytes:
-        return bytes(most_bytes + 1)
+        return None
     if not dtype.itemsize:
         return bytes(elements * TEXT_HEAD_BYTES)  # empty elements, for random text too, as in Triton
     if kind == "zero_data":
