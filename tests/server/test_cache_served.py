@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import TYPE_CHECKING
 
 import grpc
@@ -11,6 +12,8 @@ import pytest
 import tritonclient.grpc as triton
 
 from sluice_proto import grpc_service_pb2 as pb
+from sluice_server.observability.trace_control import TraceConfig
+from sluice_server.observability.trace_sampling import TraceOptions
 from sluice_server.repository.manager import ControlMode
 from support import models
 from support.conversation import Conversation
@@ -333,3 +336,16 @@ def test_tritonclient_reads_hits_as_triton_counts_them(serve, repository):
     assert found["execution_count"] == found["inference_count"] == "1"
     assert found["inference_stats"]["cache_hit"]["count"] == "2"
     assert found["inference_stats"]["success"]["count"] == "3"
+
+
+def test_a_hit_that_is_traced_has_no_queue_and_no_compute_in_its_trace(serve, repository, tmp_path):
+    add(repository)
+    file = tmp_path / "trace.json"
+    options = TraceOptions(levels=("TIMESTAMPS", "TENSORS"), rate=1)
+    server = serve(trace=TraceConfig(file=file, options=options))
+    for request_id in ("run", "hit"):
+        assert value_of(server.infer(number(3, request_id=request_id))) == 3
+    server.server._traces.close()
+    names = [stamp["name"] for entry in json.loads(file.read_text()) for stamp in entry.get("timestamps", ())]
+    assert names.count("REQUEST_START") == names.count("REQUEST_END") == 2
+    assert names.count("COMPUTE_START") == names.count("QUEUE_START") == 1

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sluice_server.protocol.interface import ModelInterface
 
 
-LOOKUPS_WITHOUT_HIT = 4096
+LOOKUPS_WITHOUT_HIT = 1024
 """After so many in a row the cache is not worth its time under load: a microsecond of each request's ten and more."""
 
 WINDOW_NS = 100_000_000
