@@ -397,6 +397,24 @@ def test_a_bug_in_a_session_ends_followers_as_well(timer):
     assert model.join(20)
 
 
+def test_requests_that_cannot_be_looked_up_end_with_an_incident_and_the_next_ones_are_served(timer):
+    broken = [True]
+
+    def digest(data, seed) -> bytes:
+        if broken:
+            raise MemoryError
+        return bytes(16)
+
+    model = served_model(EchoSession(), timer, cache=ResponseCache(1 << 20, digest=digest))
+    model.start()
+    assert [code_of(call) for call in ask(model, 1, 2)] == [Code.INTERNAL] * 2
+    broken.clear()
+    assert value_of(ask(model, 1)[0]) == 1
+    assert outcomes(model) == {Outcome.OK: 1, Outcome.OTHER: 2}
+    model.drain()
+    assert model.join(20)
+
+
 def doubtful() -> Worth:
     worth = Worth()
     worth.looked_up(LOOKUPS_WITHOUT_HIT, LOOKUPS_WITHOUT_HIT)

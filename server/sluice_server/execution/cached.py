@@ -10,7 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from sluice_batching import Draining
-from sluice_server.errors import SluiceError, Unavailable
+from sluice_server.errors import Unavailable
 from sluice_server.execution.instance import BatchRunner
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import read_shared
@@ -61,7 +61,7 @@ class CachingRunner(BatchRunner):
         for request, payload in hits:
             try:
                 answers.append((request.call, answer_of(request, payload)))
-            except SluiceError as error:  # its shared memory
+            except Exception as error:  # its shared memory, or a bug
                 super()._fail((request,), error, FailureReason.OTHER)
                 continue
             total_ns += now_ns - request.call.received_ns
@@ -70,9 +70,9 @@ class CachingRunner(BatchRunner):
         self._statistics.record_cache_hits(len(answers), total_ns=total_ns, queue_ns=queue_ns, coalesced=coalesced)
         return answers
 
-    def refuse(self, request: InferRequest, error: Exception) -> None:
-        """Fail a request that cannot even be looked up."""
-        super()._fail((request,), error, FailureReason.OTHER)
+    def refuse(self, requests: Sequence[InferRequest], error: Exception) -> None:
+        """Fail requests that cannot even be looked up."""
+        super()._fail(requests, error, FailureReason.OTHER)
 
     def expire_followers(self, requests: Sequence[InferRequest]) -> None:
         """Answer followers whose time was up before their leader's end."""
@@ -186,7 +186,12 @@ class CachedModel(ServedModel):
         requests = self._readable(requests)
         if not requests:
             return (), []
-        leaders, hits, refused = self._cache.admit(requests)
+        try:
+            leaders, hits, refused = self._cache.admit(requests)
+        except Exception as error:
+            # A bug, or no memory; no request may be left without an end by it.
+            self._caching_runner.refuse(requests, error)
+            return (), []
         if hits:
             self._runner.send(self._caching_runner.answer(hits, coalesced=False))
         late = self._settle([request for request, _ in refused], [error for _, error in refused]) if refused else []
@@ -201,8 +206,8 @@ class CachedModel(ServedModel):
             try:
                 if request.shared is not None:
                     read_shared(request)
-            except SluiceError as error:
-                self._caching_runner.refuse(request, error)
+            except Exception as error:
+                self._caching_runner.refuse((request,), error)
             else:
                 readable.append(request)
         return readable
