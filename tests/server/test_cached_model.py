@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sluice_server.execution.model import ServedModel
 
-SOON_NS = 30_000_000
+SOON_NS = 200_000_000
 """A deadline that comes while a test waits for it."""
 
 
