@@ -12,7 +12,7 @@ import pytest
 from sluice_batching import NO_DEADLINE, ExpiryTimer
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
 from sluice_server.errors import BackendError
-from sluice_server.execution.model_cache import LOADED_REQUESTS, LOOK_STRIDE, LOOKUPS_WITHOUT_HIT, WINDOW_NS, Worth
+from sluice_server.execution.model_cache import HIT_WORTH, LOADED_REQUESTS, LOOK_STRIDE, MISSES_MAX, WINDOW_NS, Worth
 from sluice_server.execution.request import InferRequest
 from sluice_server.execution.response_cache import ENTRY_BYTES, ResponseCache
 from sluice_server.observability.statistics import Outcome
@@ -417,7 +417,7 @@ def test_requests_that_cannot_be_looked_up_end_with_an_incident_and_the_next_one
 
 def doubtful() -> Worth:
     worth = Worth()
-    worth.looked_up(LOOKUPS_WITHOUT_HIT, LOOKUPS_WITHOUT_HIT)
+    worth.looked_up(MISSES_MAX, MISSES_MAX)
     assert worth.is_doubtful
     return worth
 
@@ -428,7 +428,7 @@ def test_looking_up_is_left_when_nothing_is_found_for_long_under_load():
     skipped = [worth.skips(LOADED_REQUESTS, WINDOW_NS) for _ in range(2 * LOOK_STRIDE)]
     assert skipped == ([True] * (LOOK_STRIDE - 1) + [False]) * 2
     worth.looked_up(4, 3)
-    assert not worth.is_doubtful, "one hit is enough"
+    assert not worth.is_doubtful, "a hit makes up for many misses"
     assert not worth.skips(LOADED_REQUESTS, WINDOW_NS)
 
 
@@ -440,12 +440,21 @@ def test_everything_is_looked_up_without_load_and_soon_after_it():
     assert not worth.skips(1, 4 * WINDOW_NS), "a window without requests has passed"
 
 
-def test_lookups_are_in_doubt_only_after_many_misses_in_a_row():
+def test_a_few_hits_bring_the_lookups_back_however_many_misses_there_were():
     worth = Worth()
-    for _ in range(3):
-        worth.looked_up(LOOKUPS_WITHOUT_HIT - 1, LOOKUPS_WITHOUT_HIT - 1)
+    for _ in range(100):
+        worth.looked_up(MISSES_MAX, MISSES_MAX)
+    worth.looked_up(1, 0)
+    assert worth.is_doubtful, "a hit now and then changes nothing"
+    worth.looked_up(MISSES_MAX // HIT_WORTH, 0)
+    assert not worth.is_doubtful
+
+
+def test_a_cache_that_finds_one_in_250_is_always_looked_up():
+    worth = Worth()
+    for _ in range(1000):
+        worth.looked_up(250, 249)
         assert not worth.is_doubtful
-        worth.looked_up(2, 1)
 
 
 def test_requests_that_are_not_looked_up_run_and_are_counted_as_misses(start, session):
@@ -453,7 +462,7 @@ def test_requests_that_are_not_looked_up_run_and_are_counted_as_misses(start, se
     now_ns = 0
     model = start(ResponseCache(1 << 24), max_batch_rows=64, clock=lambda: now_ns)
     asked = 0
-    while asked < LOOKUPS_WITHOUT_HIT + LOADED_REQUESTS:
+    while asked < MISSES_MAX + LOADED_REQUESTS:
         for call in ask(model, *range(asked, asked + 64)):
             call.wait()
         asked += 64

@@ -35,13 +35,17 @@ if TYPE_CHECKING:
     from sluice_server.protocol.interface import ModelInterface
 
 
-LOOKUPS_WITHOUT_HIT = 1024
-"""After so many in a row the cache is not worth its time under load: a microsecond of each request's ten and more."""
+MISSES_MAX = 1024
+"""After so many misses that no hit made up for, the cache is not worth its time under load: looking up and keeping
+takes about a microsecond of a request's ten and more."""
 
-WINDOW_NS = 100_000_000
+HIT_WORTH = 256
+"""A hit makes up for so many misses: a cache that finds one in 250 requests is looked up always."""
+
+WINDOW_NS = 50_000_000
 """Load is counted over this time: long enough to mean something, and over soon after the load is."""
 
-LOADED_REQUESTS = 200
+LOADED_REQUESTS = 100
 """In a window. Below 2,000 requests/s all lookups together take no more than a few thousandths of a core."""
 
 LOOK_STRIDE = 8
@@ -49,15 +53,16 @@ LOOK_STRIDE = 8
 
 
 class Worth:
-    """Knows when looking up is not worth it: when nothing has been found for long, and many requests come. Pure.
+    """Knows when looking up is not worth it: when next to nothing is found, and many requests come. Pure.
 
     Races between threads cost a lookup more or less.
     """
 
-    __slots__ = ("_in_window", "_is_loaded", "_lists", "_window_ends_ns", "_without_hit")
+    __slots__ = ("_in_window", "_is_loaded", "_lists", "_misses", "_window_ends_ns")
 
     def __init__(self) -> None:
-        self._without_hit = 0
+        # That no hit has made up for, from 0 to twice MISSES_MAX: a few hits in a row always bring the lookups back.
+        self._misses = 0
         self._lists = 0
         self._in_window = 0
         self._is_loaded = False
@@ -65,8 +70,8 @@ class Worth:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether nothing has been found for so long that it depends on the load."""
-        return self._without_hit >= LOOKUPS_WITHOUT_HIT
+        """Whether so little is found that it depends on the load."""
+        return self._misses >= MISSES_MAX
 
     def skips(self, requests: int, now_ns: int) -> bool:
         """Whether a list of so many requests is better not looked up; asked for every list while it is doubtful."""
@@ -84,7 +89,7 @@ class Worth:
 
     def looked_up(self, requests: int, misses: int) -> None:
         """Note a list that was looked up."""
-        self._without_hit = self._without_hit + misses if misses == requests else 0
+        self._misses = min(max(0, self._misses + misses - (requests - misses) * HIT_WORTH), 2 * MISSES_MAX)
 
 
 class Admitted(NamedTuple):
@@ -126,7 +131,7 @@ class ModelCache:
         return f"<ModelCache {self._flights!r}, {self.following!r}>"
 
     def skips(self, requests: Sequence[InferRequest]) -> bool:
-        """Whether these are to be run without being looked up: under load, when nothing has been found for long."""
+        """Whether these are to be run without being looked up: under load, when next to nothing is found."""
         if not (self._worth.is_doubtful and self._worth.skips(len(requests), self._clock())):
             return False
         self._statistics.record_cache_skipped(len(requests))

@@ -279,7 +279,7 @@ _MODEL_FAMILIES = (
     _ModelFamily(
         "sluice_cache_skipped_total",
         "counter",
-        "Misses that were not looked up, as nothing had been found for long under load",
+        "Misses that were not looked up, as next to nothing was found under load",
         _cached(lambda cache: cache.skipped),
     ),
     _ModelFamily("sluice_requests_total", "counter", "Requests to the model by how they ended", _outcomes),

@@ -87,7 +87,7 @@ class CacheCounts:
 
     `hit` counts the requests that were answered without a run of their own, `miss` those that were not found; the times
     are those of looking up and, for a miss, of keeping the answer. `coalesced` of the hits waited for the run of an
-    equal request that was in flight; `skipped` of the misses were not looked up, as nothing had been found for long.
+    equal request that was in flight; `skipped` of the misses were not looked up, as next to nothing was found.
     """
 
     hit: Duration
