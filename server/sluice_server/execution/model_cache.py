@@ -48,8 +48,8 @@ WINDOW_NS = 50_000_000
 LOADED_REQUESTS = 100
 """In a window. Below 2,000 requests/s all lookups together take no more than a few thousandths of a core."""
 
-LOOK_STRIDE = 8
-"""Of the lists that need not be looked up every 8th is, so that it is soon known when requests begin to repeat."""
+LOOK_STRIDE = 32
+"""Of the lists that need not be looked up every 32nd is, so that it is soon known when requests begin to repeat."""
 
 
 class Worth:
