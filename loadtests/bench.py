@@ -21,11 +21,14 @@ from loadtests import h2load, machine, processes, table
 from loadtests.h2load import LoadError
 from loadtests.models import BenchModel, generate
 from loadtests.peers import (
+    CACHED,
+    CACHED_UNIQUE,
     ECHO,
     GRPCIO,
     NATIVE,
     REST,
     SHARED,
+    UNIQUE,
     EchoMeasurement,
     LoopMeasurement,
     Measurement,
@@ -38,14 +41,21 @@ from loadtests.procfs import read_rss_bytes
 from loadtests.rest import RestMeasurement
 from loadtests.results import Goal, Memory, Row, goals
 from loadtests.shared_memory import SharedMeasurement, registered
+from loadtests.unique import UniqueMeasurement
 from sluice_server.open_files import raise_limit
 from sluice_server.transport.choice import TransportChoice, native_problem
+
+CACHE_BYTES = 64 << 20
+"""Many small answers, and more than the machine's own caches hold."""
 
 FLAGS = {
     GRPCIO: (TransportChoice.GRPCIO,),
     NATIVE: (TransportChoice.NATIVE,),
     SHARED: (TransportChoice.NATIVE, "--allow-client-shm"),
     REST: (TransportChoice.NATIVE,),
+    UNIQUE: (TransportChoice.NATIVE,),
+    CACHED: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
+    CACHED_UNIQUE: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
 }
 """What --transport is for each of ours, and what other flags it has."""
 
@@ -128,6 +138,8 @@ def _measurement(
         return SharedMeasurement(model, server, case.load, scratch, shared)
     if case.who == REST:
         return RestMeasurement(model, server, case.load, scratch)
+    if case.who in (UNIQUE, CACHED_UNIQUE):
+        return UniqueMeasurement(case.who, model, server, case.load, scratch)
     return SluiceMeasurement(case.who, model, server, case.load, scratch)
 
 

@@ -162,7 +162,7 @@ def run(port: int, request: Request, load: Load, requests: int, scratch: Path) -
     body, log = scratch / "body.bin", scratch / "requests.log"
     body.write_bytes(request.body)
     log.unlink(missing_ok=True)  # h2load appends
-    before_s = _children_cpu_s()
+    before_s = children_cpu_s()
     done = subprocess.run(
         command(find(), port, request, load, requests, body, log),
         capture_output=True,
@@ -170,7 +170,7 @@ def run(port: int, request: Request, load: Load, requests: int, scratch: Path) -
         timeout=TIMEOUT_S,
         check=False,
     )
-    generator_cpu_s = _children_cpu_s() - before_s
+    generator_cpu_s = children_cpu_s() - before_s
     if done.returncode:
         raise LoadError(f"h2load ended with exit code {done.returncode}: {done.stderr or done.stdout}")
     report = parse_report(done.stdout)
@@ -182,7 +182,7 @@ def run(port: int, request: Request, load: Load, requests: int, scratch: Path) -
     return Measured(requests, requests_per_s, p50_us / 1e3, p99_us / 1e3, generator_cpu_s)
 
 
-def _children_cpu_s() -> float:
+def children_cpu_s() -> float:
     """CPU time of the child processes that have ended and been waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

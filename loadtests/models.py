@@ -5,7 +5,7 @@ All of them run in one instance with one intra-op thread, so that the bare loop 
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -84,6 +84,19 @@ def _digits_mlp(directory: Path) -> BenchModel:
     return _bench_model(directory, "digits MLP 64-128-10", 128, row)
 
 
+def _cached(make: Callable[[Path], BenchModel]) -> Callable[[Path], BenchModel]:
+    """A model with a response cache, where the server has one."""
+
+    def generate_cached(directory: Path) -> BenchModel:
+        model = make(directory)
+        config = directory / "config.pbtxt"
+        lines = [line for line in config.read_text().splitlines() if not line.startswith("name:")]
+        config.write_text("\n".join([*lines, "response_cache { enable: true }\n"]))
+        return replace(model, title=f"{model.title}, response_cache")
+
+    return generate_cached
+
+
 def _large_mlp(directory: Path) -> BenchModel:
     """A dense network whose weights, 100 MB, are read once for each batch: where batching pays."""
     max_batch_rows = 64
@@ -115,6 +128,8 @@ GENERATORS: dict[str, Callable[[Path], BenchModel]] = {
     "digits_mlp": _digits_mlp,
     "large_mlp": _large_mlp,
     "images": _images,
+    "digits_cached": _cached(_digits_mlp),
+    "identity_cached": _cached(_identity),
 }
 
 

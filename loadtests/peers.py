@@ -26,6 +26,9 @@ GRPCIO = "sluice on grpcio"
 NATIVE = "sluice on native"
 SHARED = "native, shared memory"
 REST = "native, REST binary"
+UNIQUE = "native, unique inputs"
+CACHED_UNIQUE = "native, cache, unique inputs"
+CACHED = "native, cache"
 ECHO = "bare grpcio echo"
 LOOP = "bare ONNX Runtime loop"
 
@@ -144,13 +147,14 @@ class Counters:
 
 
 def mean_batch(before: Counters | None, after: Counters | None, requests: int) -> float:
-    """Rows per execution in between, NaN without counters; LoadError unless all requests succeeded."""
+    """Rows per execution in between, NaN without counters or executions; LoadError unless all requests succeeded."""
     if before is None or after is None:
         return math.nan
     succeeded, failed = after.succeeded - before.succeeded, after.failed - before.failed
     if succeeded != requests or failed:
         raise LoadError(f"of {requests} requests the server counts {succeeded} as succeeded and {failed} as failed")
-    return (after.rows - before.rows) / (after.executions - before.executions)
+    executions = after.executions - before.executions
+    return (after.rows - before.rows) / executions if executions else math.nan
 
 
 def probe(port: int, model: BenchModel) -> bytes:

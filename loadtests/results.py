@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
-from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, Sample
+from loadtests.peers import CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, UNIQUE, Sample
 from loadtests.plan import APART, BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE
 from loadtests.summary import Summary, summarize
 
@@ -128,6 +128,12 @@ TARGETS = (
            Key("identity", REST, APART), Key("identity", NATIVE, APART), 0.3, at_least=True),
     Target("identity, 1000 x 1: requests/s, native over its own 2 x 16", _rate,
            Key("identity", NATIVE, CROWD), _IDENTITY, 0.6, at_least=True),
+    Target("digits MLP, 4 x 32, unique inputs: requests/s, with a response cache over without", _rate,
+           Key("digits_cached", CACHED_UNIQUE, BUSY), Key("digits_cached", UNIQUE, BUSY), 0.97, at_least=True),
+    Target("digits MLP, 4 x 32, unique inputs: CPU per request, with a response cache over without", _cpu,
+           Key("digits_cached", CACHED_UNIQUE, BUSY), Key("digits_cached", UNIQUE, BUSY), 1.03, at_least=False),
+    Target("identity, 2 x 16, unique inputs: CPU per request, with a response cache over without", _cpu,
+           Key("identity_cached", CACHED_UNIQUE, BASE), Key("identity_cached", UNIQUE, BASE), 1.03, at_least=False),
     # 0.90 leaves the rest for transport, queue, gather and scatter on the other core.
     Target("large MLP, 4 x 16: rows/s, native over the bare loop", _rate,
            Key("large_mlp", NATIVE, LARGE), _LOOP, 0.90, at_least=True),

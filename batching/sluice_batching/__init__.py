@@ -1,7 +1,9 @@
 """Dynamic batching: bounded queues that turn requests into batches, honour deadlines, and know nothing of tensors."""
 
+from sluice_batching.coalescer import Coalescer
 from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, QueueFull, RequestTooLarge
 from sluice_batching.expiry import ExpiryTimer
+from sluice_batching.lru import LruTable
 from sluice_batching.policy import QueuePolicy
 from sluice_batching.queue import Queue, Taken
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
@@ -12,9 +14,11 @@ __all__ = [
     "NO_DEADLINE",
     "BatchQueue",
     "BatchingError",
+    "Coalescer",
     "DeadlineExpired",
     "Draining",
     "ExpiryTimer",
+    "LruTable",
     "Queue",
     "QueueFull",
     "QueuePolicy",

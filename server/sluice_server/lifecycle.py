@@ -20,6 +20,7 @@ from sluice_batching import ExpiryTimer
 from sluice_server.execution import runtime
 from sluice_server.execution.loader import ModelLoader
 from sluice_server.execution.providers import check_distributions
+from sluice_server.execution.response_cache import ResponseCache
 from sluice_server.execution.shared_memory import RegionTable
 from sluice_server.http.app import HttpFront, Metrics
 from sluice_server.http.server import HttpListener, HttpServer
@@ -96,6 +97,7 @@ class Server:
         self._traces = TraceControl(settings.trace, self._tracer)
         self._host = HostReader(interval_ns=settings.metrics_options.interval_ns)
         to_status = StatusMapper(triton_codes=settings.triton_status_codes)
+        self._cache = ResponseCache(settings.models.cache_bytes) if settings.models.cache_bytes else None
         self._health = health.Health()
         self._reflection = reflection.Reflection((SERVICE.full_name, health.SERVICE.full_name))
         self.manager = self._create_manager(to_status, environ)
@@ -131,7 +133,7 @@ class Server:
         kept = latencies if latencies != LatencyOptions() else None
         return ModelManager(
             Repositories(models.repositories, models.config_name),
-            ModelLoader(models, to_status, self._timer, environ, kept),
+            ModelLoader(models, to_status, self._timer, environ, kept, self._cache),
             mode=models.control_mode,
             strict_readiness=self._settings.strict_readiness,
             load_threads=models.load_threads,
@@ -283,8 +285,11 @@ class Server:
             for model in self.manager.served()
         ]
         host = self._host.read()
+        usage = None if self._cache is None else self._cache.usage()
         return metrics.render(
-            models, metrics.ServerMetrics(self._version, self.rpc_outcomes(), host), self._settings.metrics_options
+            models,
+            metrics.ServerMetrics(self._version, self.rpc_outcomes(), host, usage),
+            self._settings.metrics_options,
         )
 
     def rpc_outcomes(self) -> Mapping[tuple[str, Code], int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sluice_server.cache_flags import cache_bytes
 from sluice_server.flag_values import SettingsError
 from sluice_server.front_flags import grpc_restrictions, http_restrictions
 from sluice_server.metrics_flags import metrics_options
@@ -64,6 +65,8 @@ class ModelSettings:
     queue_rows: int = QUEUE_ROWS_DEFAULT
     queue_bytes: int = QUEUE_BYTES_DEFAULT
     config_name: str = ""
+    cache_bytes: int = 0
+    """What the response cache may hold; 0: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,7 @@ def _model_settings(args: argparse.Namespace) -> ModelSettings:
         queue_rows=args.default_queue_rows,
         queue_bytes=args.default_queue_bytes,
         config_name=args.model_config_name,
+        cache_bytes=cache_bytes(args.cache_config, args.response_cache_byte_size),
     )
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sluice_server.observability.statistics import (
     BatchDurations,
+    CacheCounts,
     Duration,
     FailureReason,
     ModelStatistics,
@@ -64,6 +65,30 @@ def test_batch_sizes_are_counted_by_execution_in_order_of_rows() -> None:
         BatchDurations(1, 1, 10, 500, 20),
         BatchDurations(4, 2, 20, 1000, 40),
     )
+
+
+def test_hits_count_as_answered_and_queued_and_in_nothing_of_what_executions_count() -> None:
+    statistics = ModelStatistics(wall_ns=lambda: WALL_NS, caches=True)
+    record(statistics, rows=2, requests=2)
+    statistics.record_cache_lookups(2, miss_ns=50, hit_ns=30)
+    statistics.record_cache_skipped(4)
+    statistics.record_cache_hits(3, total_ns=600, queue_ns=0, coalesced=False)
+    statistics.record_cache_hits(1, total_ns=400, queue_ns=90, coalesced=True)
+    snapshot = statistics.snapshot()
+    assert snapshot.success == Duration(6, 3000)
+    assert snapshot.queue == Duration(6, 290)
+    assert snapshot.compute_infer == Duration(2, 1000)
+    assert (snapshot.inference_count, snapshot.execution_count) == (2, 1)
+    assert snapshot.cache == CacheCounts(hit=Duration(4, 30), miss=Duration(6, 50), coalesced=1, skipped=4)
+    assert snapshot.outcomes[Outcome.OK] == statistics.outcomes()["ok"] == 6
+    told = to_proto("m", "1", snapshot).inference_stats
+    assert (told.cache_hit.count, told.cache_hit.ns, told.cache_miss.count, told.cache_miss.ns) == (4, 30, 6, 50)
+
+
+def test_without_a_cache_nothing_is_said_of_one() -> None:
+    snapshot = new_statistics().snapshot()
+    assert snapshot.cache is None
+    assert to_proto("m", "1", snapshot).inference_stats.cache_miss.count == 0
 
 
 def test_a_failure_counts_its_reason_and_its_time_but_no_inference() -> None:

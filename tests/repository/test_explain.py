@@ -80,3 +80,18 @@ def test_a_batchable_model_that_is_configured_not_to_batch_is_told() -> None:
     assert said[1] == "dynamic_batching: none, each request is its own execution"
     assert said[-2] == "version_policy: all versions, from the configuration"
     assert lines(text + "dynamic_batching {}", MLP)[1] == "dynamic_batching: without effect, as max_batch_size is 0"
+
+
+def test_a_response_cache_is_told_with_what_the_server_needs_for_it() -> None:
+    assert "response_cache: equal requests are answered once, on a server with --cache-config" in lines(
+        "response_cache { enable: true }", MLP
+    )
+    assert not [line for line in lines("response_cache { enable: false }", MLP) if "cache" in line]
+
+
+def test_samples_of_a_warm_up_are_told_one_by_one() -> None:
+    text = 'model_warmup { name: "zeros" batch_size: 1 } model_warmup { name: "real" batch_size: 2 count: 5 }'
+    assert [line for line in lines(text, MLP) if "warmup" in line] == [
+        "model_warmup 'zeros': run 1 time(s) on each instance before the version is ready",
+        "model_warmup 'real': run 5 time(s) on each instance before the version is ready",
+    ]

@@ -11,8 +11,10 @@ import numpy as np
 
 from sluice_batching import NO_DEADLINE, BatchQueue, QueuePolicy
 from sluice_proto.model_config_pb2 import DataType, ModelConfig
+from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
+from sluice_server.execution.model_cache import ModelCache
 from sluice_server.observability.statistics import ModelStatistics
 from sluice_server.protocol.dispatch import INFER, STREAM_INFER
 from sluice_server.protocol.encode import Encoder
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from sluice_batching import ExpiryTimer
     from sluice_server.execution.instance import Runnable
     from sluice_server.execution.request import InferRequest
+    from sluice_server.execution.response_cache import ResponseCache
     from sluice_server.transport.call import Metadata
 
 PATIENCE_S = 20.0
@@ -174,23 +177,30 @@ def served_model(
     *,
     max_batch_rows: int = 8,
     instances: int = 1,
+    cache: ResponseCache | None = None,
+    clock: Callable[[], int] = time.monotonic_ns,
     **policy: int,
 ) -> ServedModel:
     """A model of one input X and one output Y, both INT64 with one element a row, run by a fake session. Not started.
 
-    `policy` are fields of QueuePolicy.
+    `policy` are fields of QueuePolicy. With a cache it is a CachedModel, whose lookups are timed by the clock.
     """
     config = ModelConfig(name=name, max_batch_size=max_batch_rows)
     config.input.add(name="X", data_type=DataType.TYPE_INT64, dims=[1])
     config.output.add(name="Y", data_type=DataType.TYPE_INT64, dims=[1])
     interface = ModelInterface.of(config, 1)
-    queue: BatchQueue[InferRequest] = BatchQueue(
-        QueuePolicy(max_batch_rows=max(1, max_batch_rows), batching=max_batch_rows > 0, **policy)
-    )
-    statistics, to_status = ModelStatistics(), StatusMapper()
-    runner = BatchRunner(Encoder(interface), statistics, to_status, has_batch_dimension=max_batch_rows > 0)
+    rules = QueuePolicy(max_batch_rows=max(1, max_batch_rows), batching=max_batch_rows > 0, **policy)
+    queue: BatchQueue[InferRequest] = BatchQueue(rules)
+    statistics, to_status, encoder = ModelStatistics(caches=cache is not None), StatusMapper(), Encoder(interface)
+    make_model: Callable[..., ServedModel] = ServedModel
+    if cache is None:
+        runner = BatchRunner(encoder, statistics, to_status, has_batch_dimension=max_batch_rows > 0)
+    else:
+        make_model = CachedModel
+        model_cache = ModelCache(cache, interface, queue, BatchQueue(rules), statistics, clock)
+        runner = CachingRunner(encoder, statistics, to_status, model_cache, has_batch_dimension=max_batch_rows > 0)
     threads = [Instance(f"{name}-{number}", queue, session, runner) for number in range(instances)]
-    return ServedModel(config, interface, queue, threads, runner, statistics, to_status, timer, properties={})
+    return make_model(config, interface, queue, threads, runner, statistics, to_status, timer, properties={})
 
 
 @contextmanager

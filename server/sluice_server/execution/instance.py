@@ -98,7 +98,7 @@ class BatchRunner:
             return earlier
         if self._record(batch, started_ns, gathered_ns, computed_ns):
             self._show(batch, feeds, dict(zip(names, outputs, strict=True)))
-        return deque(zip([request.call for request in batch], answers, strict=True))
+        return self._answered(batch, answers)
 
     def run_and_send(self, session: Runnable, batch: list[InferRequest]) -> None:
         """Run a batch and answer every request of it, whatever happens."""
@@ -126,6 +126,10 @@ class BatchRunner:
     def expire(self, requests: Sequence[InferRequest]) -> None:
         """Answer requests whose time was up while they waited."""
         self._fail(requests, DeadlineExceeded("Request timeout expired"), FailureReason.REJECTED)
+
+    def _answered(self, batch: list[InferRequest], answers: list[list[Buffer]]) -> Answers:
+        """What is to be sent for a batch that has run."""
+        return deque(zip([request.call for request in batch], answers, strict=True))
 
     def _record(self, batch: list[InferRequest], started_ns: int, gathered_ns: int, computed_ns: int) -> bool:
         """Count the batch; whether any request of it is traced."""

@@ -6,19 +6,23 @@ and puts a queue and instances around it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sluice_batching import BatchQueue, QueuePolicy
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
+from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
+from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.session import Session
 from sluice_server.execution.threads import available_cpus, plan_threads
+from sluice_server.execution.warmup import warm_up
 from sluice_server.observability.latencies import Latencies
 from sluice_server.observability.statistics import ModelStatistics
 from sluice_server.protocol.encode import Encoder
@@ -28,20 +32,29 @@ from sluice_server.repository.labels import read_labels
 from sluice_server.repository.validate import scalar_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
     from sluice_server.execution.options import OptionPlan
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
+    from sluice_server.execution.response_cache import ResponseCache
     from sluice_server.execution.threads import ThreadPlan
     from sluice_server.observability.latencies import LatencyOptions
     from sluice_server.repository.layout import ModelDirectory
     from sluice_server.settings import ModelSettings
     from sluice_server.status import StatusMapper
 
+logger = logging.getLogger(__name__)
+
 NS_PER_US = 1000
+
+NO_CACHE = (
+    "response_cache is enabled for this model, but the server has no response cache, so it is served without one:"
+    " start the server with --cache-config=local,size=BYTES"
+)
+"""What is logged, as Triton logs it; the model is served all the same."""
 
 CPU_DEVICE = -1
 """Where a GPU's number would stand for a session on the CPU."""
@@ -145,43 +158,61 @@ class ModelLoader:
         timer: ExpiryTimer,
         environ: Mapping[str, str],
         latencies: LatencyOptions | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
-        """With `latencies` every version keeps those distributions too."""
+        """With `latencies` every version keeps those distributions too; `cache` is the server's response cache, for
+        models that ask for it.
+        """
         self._latencies = latencies
         self._settings = settings
         self._to_status = to_status
         self._timer = timer
         self._host = Host.of_this_machine(environ)
+        self._cache = cache
 
     def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> ServedModel:
-        """Load one version; it takes requests once it is started."""
+        """Load one version and warm it up; it takes requests once it is started."""
         prepared = prepare(directory, version, config, self._settings, self._host)
         completed = prepared.config
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
         interface = ModelInterface.of(completed, version, scalars, prepared.labels)
-        queue: BatchQueue[InferRequest] = BatchQueue(self._queue_policy(completed))
+        policy = self._queue_policy(completed)
+        queue: BatchQueue[InferRequest] = BatchQueue(policy)
+        cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
-        statistics = ModelStatistics(latencies=latencies)
-        runner = BatchRunner(
-            Encoder(interface), statistics, self._to_status, has_batch_dimension=interface.max_batch_rows > 0
-        )
+        statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
+        encoder, has_rows = Encoder(interface), interface.max_batch_rows > 0
+        make_model: Callable[..., ServedModel] = ServedModel
+        if cache is None:
+            runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows)
+        else:
+            make_model = CachedModel
+            model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
+            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows)
         instances = [
             Instance(f"{completed.name}-{number}", queue, group.session, runner)
             for group in prepared.groups
             for number in range(group.threads.instances)
         ]
-        return ServedModel(
+        sessions = [(group.session, group.threads.instances) for group in prepared.groups]
+        warm_up(completed, directory.path, interface, runner, sessions)
+        return make_model(
             completed,
             interface,
             queue,
             instances,
-            runner,
-            statistics,
-            self._to_status,
-            self._timer,
+            runner=runner,
+            statistics=statistics,
+            to_status=self._to_status,
+            timer=self._timer,
             properties=_properties(prepared, len(instances)),
             common_session=prepared.groups[0].session if len(prepared.groups) == 1 else None,
         )
+
+    def _cache_for(self, config: ModelConfig, version: int) -> ResponseCache | None:
+        if config.response_cache.enable and self._cache is None:
+            logger.warning(NO_CACHE, extra={"model": config.name, "version": version})
+        return self._cache if config.response_cache.enable else None
 
     def _queue_policy(self, config: ModelConfig) -> QueuePolicy:
         batching = config.max_batch_size > 0 and config.HasField("dynamic_batching")
@@ -196,6 +227,17 @@ class ModelLoader:
             max_queue_rows=self._settings.queue_rows,
             max_queue_bytes=self._settings.queue_bytes,
         )
+
+
+def _queue_of_followers(policy: QueuePolicy) -> BatchQueue[InferRequest]:
+    """A queue that bounds those who wait for the run of another as the model's own bounds those who wait to run."""
+    return BatchQueue(
+        QueuePolicy(
+            max_batch_rows=policy.max_batch_rows,
+            max_queue_rows=policy.max_queue_rows,
+            max_queue_bytes=policy.max_queue_bytes,
+        )
+    )
 
 
 def _properties(prepared: PreparedModel, instances: int) -> dict[str, str]:

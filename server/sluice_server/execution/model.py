@@ -82,25 +82,25 @@ class ServedModel:
                 self._refuse(request, error)
         return late
 
-    def submit_one(self, request: InferRequest) -> tuple[bool, Callable[[], None] | None]:
+    def submit_one(self, request: InferRequest) -> tuple[list[InferRequest], Callable[[], None] | None]:
         """Queue one request as `submit` does, or give its batch to be run by the caller, in place of an idle instance.
 
-        Returns whether it came too late, and what the caller is to do, soon; it never raises. A lone request that
-        its thread runs itself is answered sooner: waking an instance takes longer than a small model.
+        Returns what came too late, and what the caller is to do, soon; it never raises. A lone request that its
+        thread runs itself is answered sooner: waking an instance takes longer than a small model.
         """
         session = self._common_session
         if session is None:
-            return bool(self.submit((request,))), None
+            return self.submit((request,)), None
         request.model = self
         request.call.on_cancel = request.cancel
         error, batch = self.queue.offer_and_take(request)
         if batch:
-            return False, functools.partial(self._run_in_place, session, batch)
+            return [], functools.partial(self._run_in_place, session, batch)
         if isinstance(error, Draining):
-            return True, None
+            return [request], None
         if error is not None:
             self._refuse(request, error)
-        return False, None
+        return [], None
 
     def _run_in_place(self, session: Runnable, batch: list[InferRequest]) -> None:
         try:

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
     import numpy as np
+    from typing_extensions import Buffer
 
     from sluice_server.execution.model import ServedModel
+    from sluice_server.execution.response_cache import Fingerprint
     from sluice_server.execution.shared_memory import SharedTensors
     from sluice_server.protocol.classification import Classes
     from sluice_server.transport.call import Call
@@ -24,11 +26,16 @@ class InferRequest(Request):
     the outputs to compute and return, in the order of the answer. `shared` is what it has in shared memory: inputs that
     are not in `arrays`, and where outputs go; None for nothing. `classes`, by the names of outputs, are what is
     returned in place of their values; None for no output. `model` is the version that last got it.
+
+    Only a version with a response cache sets `fingerprint`, what the answer is found by; None: nobody else may have it.
+    And `payload`, the answer as others get it, when this request's own leaves tensors in shared memory.
     """
 
-    __slots__ = ("arrays", "call", "classes", "id", "model", "output_names", "shared")
+    __slots__ = ("arrays", "call", "classes", "fingerprint", "id", "model", "output_names", "payload", "shared")
 
     model: ServedModel
+    fingerprint: Fingerprint | None
+    payload: list[Buffer]
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from sluice_server.observability.exposition import Family, Sample, write_family
 from sluice_server.observability.host import HostUsage
 from sluice_server.observability.latencies import HISTOGRAM_MS, MEASURED, LatencyOptions, LatencySnapshot
-from sluice_server.observability.statistics import Duration, ModelSnapshot
+from sluice_server.observability.statistics import CacheCounts, Duration, ModelSnapshot
 from sluice_server.status import Code
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
@@ -34,6 +34,16 @@ class MetricsOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheUsage:
+    """What the response cache holds at the moment, and how many answers have left it for want of room."""
+
+    max_bytes: int
+    size_bytes: int
+    entries: int
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelMetrics:
     """What /metrics shows of one model version: its counters, and its queue at the moment of the scrape."""
 
@@ -51,12 +61,14 @@ class ServerMetrics:
     """What /metrics shows of the whole server.
 
     `rpcs` counts ended calls by code and method (`/service/method`). The methods must be the server's own, never text
-    that a client sent, as each becomes a series. `host` is None where there is no /proc.
+    that a client sent, as each becomes a series. `host` is None where there is no /proc, `cache` where the server has
+    no response cache.
     """
 
     version: str
     rpcs: Mapping[tuple[str, Code], int]
     host: HostUsage | None
+    cache: CacheUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +112,22 @@ def _value(read: Callable[[ModelMetrics], int]) -> Callable[[ModelMetrics], Iter
 
 def _microseconds(read: Callable[[ModelSnapshot], Duration]) -> Callable[[ModelMetrics], Iterator[Sample]]:
     return _value(lambda model: read(model.snapshot).ns // _NS_PER_US)
+
+
+def _cached(read: Callable[[CacheCounts], int]) -> Callable[[ModelMetrics], Iterator[Sample]]:
+    def samples(model: ModelMetrics) -> Iterator[Sample]:
+        if model.snapshot.cache is not None:
+            yield Sample(read(model.snapshot.cache), _labels(model))
+
+    return samples
+
+
+def _cache_usage(read: Callable[[CacheUsage], int]) -> Callable[[ServerMetrics], Iterator[Sample]]:
+    def samples(server: ServerMetrics) -> Iterator[Sample]:
+        if server.cache is not None:
+            yield Sample(read(server.cache))
+
+    return samples
 
 
 def _summary(what: str) -> Callable[[ModelMetrics], Iterator[Sample]]:
@@ -243,6 +271,42 @@ _MODEL_FAMILIES = (
         "Time from a request to its answer, in milliseconds",
         _first_response,
     ),
+    _ModelFamily(
+        "nv_cache_num_hits_per_model",
+        "counter",
+        "Requests that were answered from the response cache, or by the run of an equal request",
+        _cached(lambda cache: cache.hit.count),
+    ),
+    _ModelFamily(
+        "nv_cache_num_misses_per_model",
+        "counter",
+        "Requests whose answer was not in the response cache",
+        _cached(lambda cache: cache.miss.count),
+    ),
+    _ModelFamily(
+        "nv_cache_hit_duration_per_model",
+        "counter",
+        "Time that looking up took for hits, in microseconds, summed over requests",
+        _cached(lambda cache: cache.hit.ns // _NS_PER_US),
+    ),
+    _ModelFamily(
+        "nv_cache_miss_duration_per_model",
+        "counter",
+        "Time that looking up and keeping the answer took for misses, in microseconds, summed over requests",
+        _cached(lambda cache: cache.miss.ns // _NS_PER_US),
+    ),
+    _ModelFamily(
+        "sluice_cache_coalesced_total",
+        "counter",
+        "Hits that waited for the run of an equal request in flight",
+        _cached(lambda cache: cache.coalesced),
+    ),
+    _ModelFamily(
+        "sluice_cache_skipped_total",
+        "counter",
+        "Misses that were not looked up, as next to nothing was found under load",
+        _cached(lambda cache: cache.skipped),
+    ),
     _ModelFamily("sluice_requests_total", "counter", "Requests to the model by how they ended", _outcomes),
     _ModelFamily("sluice_batch_rows", "histogram", "Rows of the batches that were executed", _batch_rows),
     _ModelFamily("sluice_queue_rows", "gauge", "Rows that wait in the queue", _value(lambda model: model.queue_rows)),
@@ -272,6 +336,30 @@ _SERVER_FAMILIES = (
         "gauge",
         "Memory of the machine that is not available, in bytes",
         _host(lambda host: host.memory_used_bytes),
+    ),
+    _ServerFamily(
+        "sluice_cache_max_bytes",
+        "gauge",
+        "Bytes that the response cache may hold",
+        _cache_usage(lambda cache: cache.max_bytes),
+    ),
+    _ServerFamily(
+        "sluice_cache_bytes",
+        "gauge",
+        "Bytes that the response cache holds",
+        _cache_usage(lambda cache: cache.size_bytes),
+    ),
+    _ServerFamily(
+        "sluice_cache_entries",
+        "gauge",
+        "Answers that the response cache holds",
+        _cache_usage(lambda cache: cache.entries),
+    ),
+    _ServerFamily(
+        "sluice_cache_evictions_total",
+        "counter",
+        "Answers that left the response cache for want of room",
+        _cache_usage(lambda cache: cache.evictions),
     ),
     _ServerFamily("sluice_rpcs_total", "counter", "Calls and streams that ended, by method and gRPC code", _rpcs),
     _ServerFamily("sluice_build_info", "gauge", "Always 1; the labels tell what runs", _build_info),

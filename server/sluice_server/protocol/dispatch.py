@@ -147,9 +147,9 @@ class Dispatcher:
         return TracedCall(call, trace)
 
     def _submit_one(self, model: ServedModel, request: InferRequest) -> Callable[[], None] | None:
-        is_late, work = model.submit_one(request)
-        if is_late:
-            self._follow_reload(model, [request], RELOADS_FOLLOWED_MAX)
+        late, work = model.submit_one(request)
+        if late:
+            self._follow_reload(model, late, RELOADS_FOLLOWED_MAX)
         return work
 
     def _submit(self, model: ServedModel, requests: list[InferRequest], reloads_left: int) -> None:

@@ -18,12 +18,13 @@ from sluice_server.execution.shared_memory import write_outputs
 from sluice_server.graph import format_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     import numpy as np
     from typing_extensions import Buffer
 
     from sluice_server.execution.request import InferRequest
+    from sluice_server.execution.shared_memory import Window
     from sluice_server.protocol.interface import ModelInterface
 
 Raw: TypeAlias = "bytes | memoryview | np.ndarray"
@@ -59,7 +60,8 @@ class Encoder:
             arrays = [self._as_seen(name, array) for name, array in zip(names, arrays, strict=True)]
         first = batch[0]
         if first.classes is not None or (first.shared is not None and first.shared.outputs):
-            return self._encode_each(batch, arrays)
+            payloads = self._encode_each(batch, arrays)
+            return [answer_of(request, payload) for request, payload in zip(batch, payloads, strict=True)]
         if len(batch) == 1:
             return [self._encode_one(names, batch[0].id, arrays)]
         rows = [request.rows for request in batch]
@@ -84,9 +86,18 @@ class Encoder:
             parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)  # type: ignore[arg-type] # as `Raw` says
         return parts
 
+    def payloads(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
+        """What `answer_of` makes each answer of, for the same arguments as a call: all tensors in it, and no id.
+
+        The parts are the head, and for each output a prefix and the raw tensor.
+        """
+        if self._has_other_shapes:
+            arrays = [self._as_seen(name, array) for name, array in zip(batch[0].output_names, arrays, strict=True)]
+        return self._encode_each(batch, arrays)
+
     def _encode_each(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
-        """Answers with classes in place of values, or without what goes to shared memory instead."""
-        answers = []
+        """As `payloads`, one after the other: with classes in place of values, where a request asks for them."""
+        payloads = []
         start = 0
         for request in batch:
             own = arrays
@@ -94,20 +105,15 @@ class Encoder:
                 own = [array[start : start + request.rows] for array in arrays]
                 start += request.rows
             names, classes = request.output_names, request.classes or {}
-            windows = {} if request.shared is None else request.shared.outputs
             if classes:
                 own = [
                     classes[name].of(each) if name in classes else each for name, each in zip(names, own, strict=True)
                 ]
-            raws = dict(zip(names, map(tensors.to_buffer, own), strict=True))
-            write_outputs(windows, {name: raws[name] for name in windows})  # type: ignore[misc] # as `Raw` says
-            parts: list[Buffer] = [_id_field(request.id)] if request.id else []
-            parts.append(self._head(names, [array.shape for array in own], classes))
-            for name, data in raws.items():
-                raw = b"" if name in windows else data
+            parts: list[Buffer] = [self._head(names, [array.shape for array in own], classes)]
+            for raw in map(tensors.to_buffer, own):
                 parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)  # type: ignore[arg-type] # as `Raw` says
-            answers.append(parts)
-        return answers
+            payloads.append(parts)
+        return payloads
 
     def _as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
         shape = self._interface.outputs[name].to_client(array.shape, self._batch_dims)
@@ -146,6 +152,40 @@ class Encoder:
                 self._heads.clear()
             head = self._heads[key] = response.SerializeToString()
         return head
+
+
+def answer_of(request: InferRequest, payload: bytes | Sequence[Buffer]) -> list[Buffer]:
+    """A request's own answer: the payload with its id, and without the tensors that it has in shared memory.
+
+    Those are written there first, all of them or none. The payload is one of `Encoder.payloads`, or its bytes.
+    """
+    parts: list[Buffer] = [_id_field(request.id)] if request.id else []
+    if request.shared is not None and request.shared.outputs:
+        payload = _placed(request.output_names, request.shared.outputs, payload)
+    if isinstance(payload, bytes):
+        parts.append(payload)
+    else:
+        parts += payload
+    return parts
+
+
+def _placed(
+    names: tuple[str, ...], windows: Mapping[str, Window], payload: bytes | Sequence[Buffer]
+) -> Sequence[Buffer]:
+    """Write what has a window there, and leave it empty in the payload."""
+    if isinstance(payload, bytes):
+        response = ModelInferResponse.FromString(payload)
+        raws: list[Buffer] = list(response.raw_output_contents)
+        del response.raw_output_contents[:]
+        head: Buffer = response.SerializeToString()
+    else:
+        head, raws = payload[0], list(payload[2::2])
+    write_outputs(windows, {name: raw for name, raw in zip(names, raws, strict=True) if name in windows})
+    parts = [head]
+    for name, data in zip(names, raws, strict=True):
+        raw = b"" if name in windows else data
+        parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)  # type: ignore[arg-type] # as `Raw` says
+    return parts
 
 
 def _id_field(request_id: str) -> bytes:

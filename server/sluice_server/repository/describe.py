@@ -18,6 +18,12 @@ def explain(written: ModelConfig | None, completed: ModelConfig, signature: Grap
     lines = [] if written is not None else ["no config.pbtxt: everything comes from the model file and the defaults"]
     lines.append(_batching(before, completed, signature))
     lines.append(_scheduler(before, completed))
+    if completed.response_cache.enable:
+        lines.append("response_cache: equal requests are answered once, on a server with --cache-config")
+    lines += [
+        f"model_warmup '{sample.name}': run {max(1, sample.count)} time(s) on each instance before the version is ready"
+        for sample in completed.model_warmup
+    ]
     lines += _tensors("input", before.input, completed.input, signature.inputs)
     lines += _tensors("output", before.output, completed.output, signature.outputs)
     lines.append(_versions(before, completed))

@@ -27,6 +27,8 @@ Tensor = ModelInput | ModelOutput
 def check_config(config: ModelConfig, model: str) -> None:
     """Check a normalised configuration that is complete; raises ConfigError with the field that breaks a rule."""
     _check_batching(config, model)
+    _check_response_cache(config, model)
+    _check_warmup(config, model)
     _check_tensors("input", config.input, config, model)
     _check_tensors("output", config.output, config, model)
     for index, tensor in enumerate(config.input):
@@ -143,6 +145,40 @@ def _check_batching(config: ModelConfig, model: str) -> None:
         if not 0 < size <= config.max_batch_size:
             what = f"{size} must be from 1 to max_batch_size, which is {config.max_batch_size}"
             raise _config_error(model, "dynamic_batching.preferred_batch_size", what)
+
+
+def _check_response_cache(config: ModelConfig, model: str) -> None:
+    """Refuse a cache where an answer does not follow from its request alone, or is several, as Triton does."""
+    if not config.response_cache.enable:
+        return
+    without = "is not there for models with"
+    for scheduler in ("sequence_batching", "ensemble_scheduling"):
+        if config.HasField(scheduler):
+            raise _config_error(model, "response_cache.enable", f"{without} {scheduler}")
+    if config.model_transaction_policy.decoupled:
+        raise _config_error(model, "response_cache.enable", f"{without} decoupled model_transaction_policy")
+
+
+def _check_warmup(config: ModelConfig, model: str) -> None:
+    """Check what a sample says; what its inputs are to be is checked as for any request."""
+    for index, sample in enumerate(config.model_warmup):
+        where = f"model_warmup[{index}]"
+        most = max(1, config.max_batch_size)
+        if not 1 <= sample.batch_size <= most:
+            what = f"of '{sample.name}' is {sample.batch_size}, expected 1 to {most}"
+            raise _config_error(model, f"{where}.batch_size", what)
+        for name, item in sorted(sample.inputs.items()):
+            within = f'{where}.inputs["{name}"]'
+            if item.data_type not in BY_CONFIG_TYPE:
+                raise _config_error(model, f"{within}.data_type", "is missing")
+            if any(dim < 0 for dim in item.dims):
+                what = f"is {format_shape(item.dims)}, and a sample has no open dimension"
+                raise _config_error(model, f"{within}.dims", what)
+            if item.WhichOneof("input_data_type") is None:
+                raise _config_error(model, within, "needs one of zero_data, random_data, input_data_file")
+            problem = path_problem(item.input_data_file) if item.HasField("input_data_file") else ""
+            if problem:
+                raise _config_error(model, f"{within}.input_data_file", f"'{item.input_data_file}' {problem}")
 
 
 def _check_tensors(kind: str, tensors: Sequence[Tensor], config: ModelConfig, model: str) -> None:
