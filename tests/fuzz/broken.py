@@ -21,19 +21,20 @@ if TYPE_CHECKING:
 BAD = b"\7"
 """Inputs with this byte bring it out."""
 
-KEPT_BYTES = 1 << 20
+KEPT_BYTES = 1 << 18
 kept: list[bytes] = []
 
 
 class Broken:
     """A subject that does something for each bad input, and something at each look."""
 
-    def __init__(self, does: Callable[[], object], at_look: Callable[[], object] = bool) -> None:
+    def __init__(self, does: Callable[[], object], at_look: Callable[[], object] = bool, bad: bytes = BAD) -> None:
         self._does = does
         self._at_look = at_look
+        self._bad = bad
 
     def check(self, data: bytes) -> None:
-        if BAD in data:
+        if self._bad in data:
             self._does()
 
     def look(self) -> None:
@@ -64,7 +65,7 @@ SUBJECTS = {
     "hangs": Broken(hang),
     "dies": Broken(lambda: os.kill(os.getpid(), signal.SIGSEGV)),
     "logs": Broken(log),
-    "leaks": Broken(lambda: kept.append(os.urandom(KEPT_BYTES))),
+    "leaks": Broken(lambda: kept.append(os.urandom(KEPT_BYTES)), bad=b""),
     "breaks": Broken(bool, at_look=fail),
 }
 TARGETS = {

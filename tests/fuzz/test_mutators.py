@@ -50,7 +50,7 @@ def test_what_is_no_message_has_no_fields(data):
 
 def test_most_changed_requests_are_requests_and_hardly_any_is_what_it_was():
     random = Random(1)
-    before = [random.choice(seeds()) for _ in range(ROUNDS)]
+    before = random.choices(seeds(), k=ROUNDS)
     after = [change_message(data, random, anyhow(random)) for data in before]
     assert sum(map(parses, after)) > 0.75 * ROUNDS
     assert sum(new == old for new, old in zip(after, before, strict=True)) < 0.2 * ROUNDS
@@ -58,7 +58,7 @@ def test_most_changed_requests_are_requests_and_hardly_any_is_what_it_was():
 
 def test_changed_json_is_json():
     random = Random(1)
-    before = [random.choice(json_seeds()) for _ in range(ROUNDS)]
+    before = random.choices(json_seeds(), k=ROUNDS)
     after = [change_json(data, random, anyhow(random)) for data in before]
     assert all(isinstance(json.loads(data), dict) for data in after)
     assert len(set(after)) > 0.5 * ROUNDS
@@ -66,11 +66,12 @@ def test_changed_json_is_json():
 
 def test_of_several_messages_one_is_changed():
     random = Random(1)
-    whole = joined(seeds()[:4])
+    first = seeds()[:4]
+    whole = joined(first)
     for _ in range(100):
         messages = parted(in_one(change_message)(whole, random, anyhow(random)))
         assert len(messages) in (4, 5)
-        assert sum(message in seeds()[:4] for message in messages) >= 3
+        assert sum(message in first for message in messages) >= 3
 
 
 @given(st.binary(), st.integers())
