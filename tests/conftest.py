@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sluice_batching import ExpiryTimer
 from support.server import TRANSPORTS, RunningServer, need, running, server_settings
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ def repository(tmp_path: Path) -> Path:
     path = tmp_path / "models"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def timer() -> Iterator[ExpiryTimer]:
+    """A running timer for the queues of models that are made by hand."""
+    timer = ExpiryTimer()
+    yield timer
+    timer.stop()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from sluice_batching import NO_DEADLINE, ExpiryTimer
+from sluice_batching import NO_DEADLINE
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
 from sluice_server.errors import BackendError
 from sluice_server.execution.model_cache import HIT_WORTH, LOADED_REQUESTS, LOOK_STRIDE, MISSES_MAX, WINDOW_NS, Worth
@@ -38,13 +38,6 @@ class FailingSession:
     def run(self, output_names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         self.runs += 1
         raise BackendError(1, f"run {self.runs} failed")
-
-
-@pytest.fixture
-def timer():
-    timer = ExpiryTimer()
-    yield timer
-    timer.stop()
 
 
 @pytest.fixture

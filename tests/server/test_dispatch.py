@@ -35,13 +35,6 @@ class Reloading:
 
 
 @pytest.fixture
-def timer():
-    timer = ExpiryTimer()
-    yield timer
-    timer.stop()
-
-
-@pytest.fixture
 def pool():
     with ThreadPoolExecutor(1) as pool:
         yield pool

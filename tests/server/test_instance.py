@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from sluice_batching import ExpiryTimer
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
 from sluice_server.errors import BackendError
 from sluice_server.execution.instance import SMALL_BATCH_BYTES
@@ -51,13 +50,6 @@ class UnanswerableCall(RecordingCall):
 
     def reply(self, parts) -> None:
         raise MemoryError
-
-
-@pytest.fixture
-def timer():
-    timer = ExpiryTimer()
-    yield timer
-    timer.stop()
 
 
 def request(call: RecordingCall, value: int, rows: int = 1) -> InferRequest:
