@@ -1,12 +1,14 @@
 """Dynamic batching: bounded queues that turn requests into batches, honour deadlines, and know nothing of tensors."""
 
 from sluice_batching.coalescer import Coalescer
-from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, QueueFull, RequestTooLarge
+from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, QueueFull, RequestTooLarge, TooLate
 from sluice_batching.expiry import ExpiryTimer
 from sluice_batching.lru import LruTable
-from sluice_batching.policy import QueuePolicy
-from sluice_batching.queue import Queue, Taken
+from sluice_batching.policy import LevelPolicy, Priorities, QueuePolicy
+from sluice_batching.priority_queue import PriorityQueue
+from sluice_batching.queue import Group, Queue, Taken
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
+from sluice_batching.run_times import RunTimes
 from sluice_batching.shell import BatchQueue
 
 __all__ = [
@@ -18,11 +20,17 @@ __all__ = [
     "DeadlineExpired",
     "Draining",
     "ExpiryTimer",
+    "Group",
+    "LevelPolicy",
     "LruTable",
+    "Priorities",
+    "PriorityQueue",
     "Queue",
     "QueueFull",
     "QueuePolicy",
     "Request",
     "RequestTooLarge",
+    "RunTimes",
     "Taken",
+    "TooLate",
 ]
