@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sluice_batching import BatchQueue, QueuePolicy
+from sluice_batching import BatchQueue, QueuePolicy, RunTimes
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
 from sluice_server.execution.cached import CachedModel, CachingRunner
@@ -19,6 +19,7 @@ from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
+from sluice_server.execution.priorities import NS_PER_US, priorities_of
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.session import Session
 from sluice_server.execution.threads import available_cpus, plan_threads
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from sluice_server.status import StatusMapper
 
 logger = logging.getLogger(__name__)
-
-NS_PER_US = 1000
 
 NO_CACHE = (
     "response_cache is enabled for this model, but the server has no response cache, so it is served without one:"
@@ -177,18 +176,23 @@ class ModelLoader:
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
         interface = ModelInterface.of(completed, version, scalars, prepared.labels)
         policy = self._queue_policy(completed)
-        queue: BatchQueue[InferRequest] = BatchQueue(policy)
+        run_times = RunTimes(sum(group.threads.instances for group in prepared.groups))
+        queue: BatchQueue[InferRequest] = BatchQueue(policy, run_times=run_times)
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
         encoder, has_rows = Encoder(interface), interface.max_batch_rows > 0
         make_model: Callable[..., ServedModel] = ServedModel
         if cache is None:
-            runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows)
+            runner = BatchRunner(
+                encoder, statistics, self._to_status, has_batch_dimension=has_rows, run_times=run_times
+            )
         else:
             make_model = CachedModel
             model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
-            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows)
+            runner = CachingRunner(
+                encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows, run_times=run_times
+            )
         instances = [
             Instance(f"{completed.name}-{number}", queue, group.session, runner)
             for group in prepared.groups
@@ -226,6 +230,7 @@ class ModelLoader:
             preferred_batch_rows=tuple(sorted(preferred)) if batching else (),
             max_queue_rows=self._settings.queue_rows,
             max_queue_bytes=self._settings.queue_bytes,
+            priorities=priorities_of(config),
         )
 
 

@@ -65,6 +65,14 @@ def _carried(
     return (*shape[:batch_dims], *(next(sizes) if dim == VARIABLE else dim for dim in other_dims))
 
 
+def has_queue_policy(config: ModelConfig) -> bool:
+    """Whether a configuration says anything on priorities or on how long requests may wait."""
+    scheduler = config.dynamic_batching
+    return bool(
+        scheduler.priority_levels or scheduler.HasField("default_queue_policy") or scheduler.priority_queue_policy
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInterface:
     """The tensors of one model version. `max_batch_rows` is 0 for a model without a batch dimension."""
@@ -78,6 +86,9 @@ class ModelInterface:
     required_inputs: int
     variable: bool
     """Whether two valid requests may differ in more than their rows, so that a batch key must tell them apart."""
+    prioritizes: bool = False
+    """Whether the queue decides what a request's `priority` and `timeout` mean. Else there are no priorities, and the
+    timeout is a deadline."""
 
     @classmethod
     def of(
@@ -111,4 +122,5 @@ class ModelInterface:
             output_names=tuple(outputs),
             required_inputs=sum(not tensor.optional for tensor in inputs.values()),
             variable=any(tensor.variable or tensor.optional for tensor in inputs.values()),
+            prioritizes=has_queue_policy(config),
         )
