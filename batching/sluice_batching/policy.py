@@ -72,7 +72,8 @@ class QueuePolicy:
     """How requests become batches; valid once built (ValueError names the field that is not).
 
     batching: False makes every request its own batch, in order, whatever its key.
-    max_batch_rows: the most rows of a batch, and so of a request.
+    max_batch_rows: the most rows of a request, and so of a batch.
+    merge_rows: up to how many rows requests are merged, where larger batches do not pay; 0 = `max_batch_rows`.
     max_delay_ns: how long the oldest request of an incomplete batch waits for others, counted from its enqueueing.
     preferred_batch_rows: sizes at which a batch goes without waiting for the delay.
     max_queue_rows, max_queue_bytes: the most that may wait; 0 = unbounded.
@@ -81,6 +82,7 @@ class QueuePolicy:
     """
 
     max_batch_rows: int = 1
+    merge_rows: int = 0
     batching: bool = False
     max_delay_ns: int = 0
     preferred_batch_rows: tuple[int, ...] = ()
@@ -92,6 +94,8 @@ class QueuePolicy:
     def __post_init__(self) -> None:
         if self.max_batch_rows < 1:
             raise ValueError(f"max_batch_rows must be at least 1, got {self.max_batch_rows}")
+        if not 0 <= self.merge_rows <= self.max_batch_rows:
+            raise ValueError(f"merge_rows must lie in 0..{self.max_batch_rows}, got {self.merge_rows}")
         for name in ("max_delay_ns", "max_queue_rows", "max_queue_bytes"):
             value = getattr(self, name)
             if value < 0:

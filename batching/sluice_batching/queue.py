@@ -3,7 +3,7 @@
 Invariants
 ----------
 * Every accepted request leaves exactly once: in a batch, as expired, or cancelled. A refused one never enters.
-* A batch has at most `max_batch_rows` rows, and all its requests have equal keys. A request is never split.
+* A batch has at most `merge_rows` rows, or is one request, and all its requests have equal keys. None is ever split.
 * Requests of one key leave in the order of their ranks: by the time at which they are due, those that are due at the
   same time in the order in which they came. A smaller one never overtakes to fill a batch.
 * A request whose deadline has come (`deadline_ns <= now_ns`) is in no batch; nor is one that would end after it.
@@ -26,7 +26,7 @@ Requests of equal keys form a group. Without a delay, whatever the group of the 
 somebody takes. With a delay, a group is due as soon as one of these holds:
 
 * it holds a preferred size (its first requests add up to one), or as much as the largest preferred size
-  (`max_batch_rows` if there are none), or its next request would overflow `max_batch_rows`;
+  (`merge_rows` if there are none), or its next request would overflow `merge_rows`;
 * its oldest request has waited for `max_delay_ns`.
 
 Of the groups that are due the one with the first request goes first; a group that is not due holds up nobody. A
@@ -120,6 +120,7 @@ class Queue(Generic[R]):
         "_level_rank",
         "_max_bytes",
         "_max_rows",
+        "_merge_rows",
         "_next_order",
         "_overtaking",
         "_policy",
@@ -137,7 +138,8 @@ class Queue(Generic[R]):
         self._policy = policy
         self._run_times = run_times or RunTimes()
         self._preferred = frozenset(policy.preferred_batch_rows)
-        self._full_rows = max(policy.preferred_batch_rows, default=policy.max_batch_rows)
+        self._merge_rows = policy.merge_rows or policy.max_batch_rows
+        self._full_rows = min(max(policy.preferred_batch_rows, default=policy.max_batch_rows), self._merge_rows)
         self._waits = policy.max_delay_ns > 0
         self._batching = policy.batching
         self._max_rows = policy.max_queue_rows or sys.maxsize
@@ -217,7 +219,9 @@ class Queue(Generic[R]):
             if deadline_ns + self._level_rank < rank:
                 rank = deadline_ns + self._level_rank
         if self._rows + rows > self._max_rows or self._size_bytes + size_bytes > self._max_bytes:
-            return self._overflow(rows, size_bytes)
+            full = self._overflow(rows, size_bytes)
+            if full is not None:
+                return full
         order = self._next_order
         self._next_order = order + 1
         request.queue_order = order
@@ -255,15 +259,31 @@ class Queue(Generic[R]):
         run_ns = self._run_times.predict_ns(request.rows, now_ns)
         return TooLate(left_ns, run_ns) if left_ns < run_ns else None
 
-    def _overflow(self, rows: int, size_bytes: int) -> BatchingError:
-        """Why a request is refused that would take the queue over a bound."""
+    def _overflow(self, rows: int, size_bytes: int) -> BatchingError | None:
+        """Why a request is refused that would take the queue over a bound; None: it is alone, and so it is let in."""
         if self._rows + rows > self._max_rows:
-            if rows > self._max_rows:
-                return RequestTooLarge("rows", self._max_rows, rows)
-            return QueueFull("rows", self._max_rows, self._rows, rows)
+            bound = self._policy.max_queue_rows
+            if bound and rows > bound:
+                return RequestTooLarge("rows", bound, rows)
+            if self._waiting:
+                return QueueFull("rows", self._max_rows, self._rows, rows)
+            if size_bytes <= self._max_bytes:
+                return None
         if size_bytes > self._max_bytes:
             return RequestTooLarge("bytes", self._max_bytes, size_bytes)
         return QueueFull("bytes", self._max_bytes, self._size_bytes, size_bytes)
+
+    def tune(self, merge_rows: int, queue_rows: int) -> None:
+        """Merge up to so many rows from now on, and let so many wait, within the policy's bounds (both at least 1).
+
+        What waits already stays. A request that finds the queue empty is let in whatever its rows.
+        """
+        policy = self._policy
+        self._merge_rows = min(merge_rows, policy.max_batch_rows)
+        self._full_rows = min(max(policy.preferred_batch_rows, default=policy.max_batch_rows), self._merge_rows)
+        self._max_rows = min(queue_rows, policy.max_queue_rows or sys.maxsize)
+        for group in self._groups.values():
+            self._sort_in(group)
 
     def take(self, now_ns: int) -> Taken[R]:
         """The batch to run now, and the requests whose deadline has come or would; both leave the queue."""
@@ -359,12 +379,12 @@ class Queue(Generic[R]):
         if not self._batching:
             return 1
         preferred = frozenset() if overdue else self._preferred
-        if not preferred and group.rows <= self._policy.max_batch_rows:
+        if not preferred and group.rows <= self._merge_rows:
             return len(group.requests)
         rows = fitting = best = 0
         for request in group.in_order():
             rows += request.rows
-            if rows > self._policy.max_batch_rows:
+            if rows > self._merge_rows and fitting:
                 break
             fitting += 1
             if rows in preferred:

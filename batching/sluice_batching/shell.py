@@ -218,6 +218,12 @@ class BatchQueue(Generic[R]):
                 self._watch()
         return expired
 
+    def tune(self, merge_rows: int, queue_rows: int) -> None:
+        """As `Queue.tune`."""
+        with self._lock:
+            self._queue.tune(merge_rows, queue_rows)
+            self._pass_the_watch_on()
+
     def watch_deadlines(self, on_earlier_deadline: Callable[[int], None] | None) -> None:
         """Have each deadline that is earlier than `watched_deadline_ns` reported to the callback; None ends it.
 
