@@ -41,8 +41,13 @@ def run(selector, coroutine):
 
 def test_a_loop_with_work_is_never_idle(selector, idleness):
     async def work() -> None:
-        for _ in range(1000):
-            await asyncio.sleep(0)
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def turn(left: int) -> None:
+            loop.call_soon(*((turn, left - 1) if left else (done.set,)))
+
+        turn(1000)
+        await done.wait()
 
     run(selector, work())
     assert idleness.times == 0
@@ -60,7 +65,9 @@ def test_a_loop_that_would_wait_is_asked_for_work_first_and_does_it_at_once(sele
 
 def test_a_loop_waits_when_there_is_nothing_to_do(selector, idleness):
     async def wait() -> None:
-        await asyncio.sleep(0.02)
+        done = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.02, done.set)
+        await done.wait()
 
     run(selector, wait())
     assert idleness.times >= 1
