@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sluice_batching import BatchQueue, QueuePolicy
+from sluice_batching import BatchQueue, QueuePolicy, RateLimiter
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
 from sluice_server.execution.cached import CachedModel, CachingRunner
@@ -20,6 +20,7 @@ from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
+from sluice_server.execution.rate_limit import LimitedInstance, claim_of
 from sluice_server.execution.session import Session
 from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.execution.warmup import warm_up
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sluice_batching import ExpiryTimer
-    from sluice_proto.model_config_pb2 import ModelConfig
+    from sluice_proto.model_config_pb2 import ModelConfig, ModelRateLimiter
     from sluice_server.execution.options import OptionPlan
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
@@ -88,6 +89,8 @@ class DeviceGroup:
     threads: ThreadPlan
     options: OptionPlan
     providers: ProviderPlan
+    limits: tuple[ModelRateLimiter, ...]
+    """The `rate_limiter` of each instance that is asked for; there may be fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,8 @@ def prepare(
     config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=host.has_cuda)
     path = directory.model_file(version, config.default_model_filename)
     groups = []
-    for device, count, kind, name in _placements(config):
+    for device, members in _placements(config).items():
+        kind, name = members[0].kind, members[0].name
         providers = choose_providers(
             config,
             kind,
@@ -124,10 +128,13 @@ def prepare(
             group=name,
             allow_fallback=settings.allow_provider_fallback,
         )
-        threads = plan_threads(count, parameter_values(config), host.cpus, model=config.name, on_gpu=providers.on_gpu)
+        limits = tuple(group.rate_limiter for group in members for _ in range(group.count))
+        threads = plan_threads(
+            len(limits), parameter_values(config), host.cpus, model=config.name, on_gpu=providers.on_gpu
+        )
         options = plan_options(config, threads)
         session = Session(path, options, providers.choices, allow_fallback=settings.allow_provider_fallback)
-        groups.append(DeviceGroup(device, session, threads, options, providers))
+        groups.append(DeviceGroup(device, session, threads, options, providers, limits))
     completed = complete(
         config,
         groups[0].session.signature,
@@ -137,15 +144,14 @@ def prepare(
     return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path))
 
 
-def _placements(config: ModelConfig) -> list[tuple[int, int, int, str]]:
-    """(device, instances, kind, group's name) of each session to open: all groups on one device share it."""
-    placements: dict[int, tuple[int, int, int, str]] = {}
+def _placements(config: ModelConfig) -> dict[int, list[ModelInstanceGroup]]:
+    """The groups that are on each device, in order: they share one session."""
+    placements: dict[int, list[ModelInstanceGroup]] = {}
     for group in config.instance_group:
         on_cpu = group.kind == ModelInstanceGroup.KIND_CPU
         for device in (CPU_DEVICE,) if on_cpu else tuple(group.gpus) or (0,):
-            count = placements[device][1] if device in placements else 0
-            placements[device] = (device, count + group.count, group.kind, group.name)
-    return list(placements.values())
+            placements.setdefault(device, []).append(group)
+    return placements
 
 
 class ModelLoader:
@@ -169,6 +175,7 @@ class ModelLoader:
         self._timer = timer
         self._host = Host.of_this_machine(environ)
         self._cache = cache
+        self._limiter = None if settings.rate_limit is None else RateLimiter(settings.rate_limit)
 
     def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> ServedModel:
         """Load one version and warm it up; it takes requests once it is started."""
@@ -190,10 +197,11 @@ class ModelLoader:
             model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
             runner = CachingRunner(encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows)
         instances = [
-            Instance(f"{completed.name}-{number}", queue, group.session, runner)
+            self._instance(f"{completed.name}-{number}", queue, group, number, runner)
             for group in prepared.groups
             for number in range(group.threads.instances)
         ]
+        lends = len(prepared.groups) == 1 and not any(isinstance(each, LimitedInstance) for each in instances)
         sessions = [(group.session, group.threads.instances) for group in prepared.groups]
         warm_up(completed, directory.path, interface, runner, sessions)
         return make_model(
@@ -206,8 +214,17 @@ class ModelLoader:
             to_status=self._to_status,
             timer=self._timer,
             properties=_properties(prepared, len(instances)),
-            common_session=prepared.groups[0].session if len(prepared.groups) == 1 else None,
+            common_session=prepared.groups[0].session if lends else None,
         )
+
+    def _instance(
+        self, name: str, queue: BatchQueue[InferRequest], group: DeviceGroup, number: int, runner: BatchRunner
+    ) -> Instance:
+        if self._limiter is not None:
+            claim = claim_of(group.limits[number], group.device, self._limiter, name.rpartition("-")[0])
+            if claim is not None:
+                return LimitedInstance(name, queue, group.session, runner, self._limiter, claim)
+        return Instance(name, queue, group.session, runner)
 
     def _cache_for(self, config: ModelConfig, version: int) -> ResponseCache | None:
         if config.response_cache.enable and self._cache is None:
