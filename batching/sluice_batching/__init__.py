@@ -6,12 +6,11 @@ from sluice_batching.expiry import ExpiryTimer
 from sluice_batching.lru import LruTable
 from sluice_batching.policy import QueuePolicy
 from sluice_batching.queue import Queue, Taken
-from sluice_batching.rate_limiter import GLOBAL, Claim, RateLimiter, Resource, ResourcePools, TooFewCopies
+from sluice_batching.rate_limiter import Claim, RateLimiter, Resource, ResourcePools, TooFewCopies
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
 from sluice_batching.shell import BatchQueue
 
 __all__ = [
-    "GLOBAL",
     "NEVER_QUEUED",
     "NO_DEADLINE",
     "BatchQueue",

@@ -20,17 +20,14 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from typing import Final, NamedTuple
-
-GLOBAL: Final = None
-"""The device of a resource that the whole server shares."""
+from typing import NamedTuple
 
 
 class Resource(NamedTuple):
     """A pool of copies; `device` is a GPU's number, -1 for the CPU, None for the whole server."""
 
     name: str
-    device: int | None = GLOBAL
+    device: int | None = None
 
 
 class TooFewCopies(Exception):

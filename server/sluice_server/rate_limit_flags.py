@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice_batching import GLOBAL, Resource
+from sluice_batching import Resource
 from sluice_server.flag_values import SettingsError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def rate_limit(mode: str, entries: Sequence[str]) -> Mapping[Resource, int] | No
             raise SettingsError(
                 f"--rate-limit-resource={entry}: expected NAME:COUNT or NAME:COUNT:DEVICE, whole numbers >= 0"
             )
-        resource = Resource(name, int(numbers[1]) if len(numbers) > 1 else GLOBAL)
+        resource = Resource(name, int(numbers[1]) if len(numbers) > 1 else None)
         if resource in copies:
             raise SettingsError(f"--rate-limit-resource={entry}: the count of this resource was given before")
         copies[resource] = int(numbers[0])

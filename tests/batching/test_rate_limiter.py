@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sluice_batching import GLOBAL, Claim, RateLimiter, Resource, ResourcePools, TooFewCopies
+from sluice_batching import Claim, RateLimiter, Resource, ResourcePools, TooFewCopies
 
 PATIENCE_S = 20.0
 R1, R2 = Resource("R1", 0), Resource("R2", 0)
@@ -38,8 +38,8 @@ def test_a_pool_has_as_many_copies_as_the_largest_claim_needs():
 def test_a_given_number_counts_first_on_its_device_and_else_on_all():
     pools = ResourcePools({Resource("R1"): 10, Resource("R1", 1): 8, Resource("R3"): 2})
     registered(pools, claim(R1=99))
-    assert [pools.copies(Resource("R1", device)) for device in (0, 1, GLOBAL)] == [10, 8, 10]
-    assert pools.copies(Resource("R3", GLOBAL)) == 2
+    assert [pools.copies(Resource("R1", device)) for device in (0, 1, None)] == [10, 8, 10]
+    assert pools.copies(Resource("R3", None)) == 2
 
 
 def test_a_claim_that_can_never_be_granted_is_told_what_is_missing():

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from sluice_batching import BatchQueue, QueuePolicy, RateLimiter
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
+from sluice_server.execution.bucket_options import read_buckets
+from sluice_server.execution.buckets import CuttingEncoder, gatherer
 from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig, ModelRateLimiter
+    from sluice_server.execution.buckets import Buckets
     from sluice_server.execution.options import OptionPlan
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
@@ -101,6 +104,7 @@ class PreparedModel:
     groups: tuple[DeviceGroup, ...]
     labels: Mapping[str, tuple[bytes, ...]]
     """The names of the classes of the outputs that have a label file, by the outputs' names."""
+    buckets: Buckets | None
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -141,7 +145,7 @@ def prepare(
         auto_complete=settings.auto_complete,
         default_max_batch_size=settings.default_max_batch_size,
     )
-    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path))
+    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path), read_buckets(completed))
 
 
 def _placements(config: ModelConfig) -> dict[int, list[ModelInstanceGroup]]:
@@ -182,20 +186,27 @@ class ModelLoader:
         prepared = prepare(directory, version, config, self._settings, self._host)
         completed = prepared.config
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
-        interface = ModelInterface.of(completed, version, scalars, prepared.labels)
+        buckets = prepared.buckets
+        interface = ModelInterface.of(completed, version, scalars, prepared.labels, buckets)
         policy = self._queue_policy(completed)
         queue: BatchQueue[InferRequest] = BatchQueue(policy)
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
-        encoder, has_rows = Encoder(interface), interface.max_batch_rows > 0
+        encoder, gather = Encoder(interface), None
+        has_rows = interface.max_batch_rows > 0
+        if buckets is not None:
+            # Its outputs have the rows of the padding too, and it checks them itself.
+            encoder, gather, has_rows = CuttingEncoder(interface, buckets), gatherer(buckets, interface), False
         make_model: Callable[..., ServedModel] = ServedModel
         if cache is None:
-            runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows)
+            runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows, gather=gather)
         else:
             make_model = CachedModel
             model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
-            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows)
+            runner = CachingRunner(
+                encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows, gather=gather
+            )
         instances = [
             self._instance(f"{completed.name}-{number}", queue, group, number, runner)
             for group in prepared.groups

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sluice_batching import GLOBAL, Claim, Resource, TooFewCopies
+from sluice_batching import Claim, Resource, TooFewCopies
 from sluice_server.execution.instance import Instance
 from sluice_server.repository.errors import ModelLoadError
 
@@ -27,7 +27,7 @@ def claim_of(limits: ModelRateLimiter, device: int, limiter: RateLimiter, model:
     needs: dict[Resource, int] = {}
     for resource in limits.resources:
         if resource.count:
-            needs[Resource(resource.name, GLOBAL if getattr(resource, "global") else device)] = resource.count
+            needs[Resource(resource.name, None if getattr(resource, "global") else device)] = resource.count
     if not needs:
         return None
     claim = Claim(needs, max(1, limits.priority))
