@@ -28,6 +28,7 @@ from loadtests.peers import (
     NATIVE,
     REST,
     SHARED,
+    STREAM,
     UNIQUE,
     EchoMeasurement,
     LoopMeasurement,
@@ -41,6 +42,7 @@ from loadtests.procfs import read_rss_bytes
 from loadtests.rest import RestMeasurement
 from loadtests.results import Goal, Memory, Row, goals
 from loadtests.shared_memory import SharedMeasurement, registered
+from loadtests.streams import StreamMeasurement
 from loadtests.unique import UniqueMeasurement
 from sluice_server.open_files import raise_limit
 from sluice_server.transport.choice import TransportChoice, native_problem
@@ -54,6 +56,7 @@ FLAGS = {
     SHARED: (TransportChoice.NATIVE, "--allow-client-shm"),
     REST: (TransportChoice.NATIVE,),
     UNIQUE: (TransportChoice.NATIVE,),
+    STREAM: (TransportChoice.NATIVE,),
     CACHED: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
     CACHED_UNIQUE: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
 }
@@ -138,6 +141,8 @@ def _measurement(
         return SharedMeasurement(model, server, case.load, scratch, shared)
     if case.who == REST:
         return RestMeasurement(model, server, case.load, scratch)
+    if case.who == STREAM:
+        return StreamMeasurement(model, server, case.load, scratch)
     if case.who in (UNIQUE, CACHED_UNIQUE):
         return UniqueMeasurement(case.who, model, server, case.load, scratch)
     return SluiceMeasurement(case.who, model, server, case.load, scratch)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
-from loadtests.peers import CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, UNIQUE, Sample
+from loadtests.peers import CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE, Sample
 from loadtests.plan import APART, BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE
 from loadtests.summary import Summary, summarize
 
@@ -126,6 +126,8 @@ TARGETS = (
            Key("images", SHARED, IMAGES), Key("images", NATIVE, IMAGES), 2, at_least=True),
     Target("identity, 32 x 1: requests/s, REST over gRPC, on native", _rate,
            Key("identity", REST, APART), Key("identity", NATIVE, APART), 0.3, at_least=True),
+    Target("identity, 2 x 16: requests/s, in streams over in unary calls, on native", _rate,
+           Key("identity", STREAM, BASE), _IDENTITY, 1.3, at_least=True),
     Target("identity, 1000 x 1: requests/s, native over its own 2 x 16", _rate,
            Key("identity", NATIVE, CROWD), _IDENTITY, 0.6, at_least=True),
     Target("digits MLP, 4 x 32, unique inputs: requests/s, with a response cache over without", _rate,
