@@ -111,26 +111,27 @@ class _Gatherer:
 
     def __call__(self, batch: Sequence[InferRequest]) -> dict[str, np.ndarray]:
         requests = [self._inputs(request) for request in batch]
-        rows = sum(request.rows for request in batch)
+        rows = sum([request.rows for request in batch])
         total = _first_from(self._buckets.batch_sizes, rows)
         feeds = {}
         for name, first in requests[0].items():
-            parts = [arrays[name] for arrays in requests]
             shape = (total, *self._padded(name, first.shape[1:]))
-            if len(parts) == 1 and first.shape == shape:
+            if len(batch) == 1 and first.shape == shape:
                 feeds[name] = first
             else:
-                feeds[name] = _filled(parts, shape, self._pad_of(name))
+                feeds[name] = _filled([arrays[name] for arrays in requests], shape, self._pad_of(name))
         return feeds
 
-    def _inputs(self, request: InferRequest) -> dict[str, np.ndarray]:
+    def _inputs(self, request: InferRequest) -> Mapping[str, np.ndarray]:
         """A request's arrays, with what it has in shared memory and the masks that it leaves out."""
-        arrays = dict(request.arrays)
+        arrays = request.arrays
         if request.shared is not None:
-            arrays |= {name: shared_memory.gather(name, [request.shared]) for name in request.shared.inputs}
-        for bucket in self._buckets.shapes:
-            if bucket.mask is not None and bucket.mask not in arrays:
-                arrays[bucket.mask] = np.ones((request.rows, _length(bucket, arrays)), self._mask_types[bucket.mask])
+            arrays = arrays | {name: shared_memory.gather(name, [request.shared]) for name in request.shared.inputs}
+        for name in self._mask_types:
+            if name not in arrays:
+                bucket = next(bucket for bucket in self._buckets.shapes if bucket.mask == name)
+                shape = (request.rows, _length(bucket, arrays))
+                arrays = {**arrays, name: np.ones(shape, self._mask_types[name])}
         return arrays
 
     def _padded(self, name: str, dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -165,42 +166,50 @@ class CuttingEncoder(Encoder):
     def _apart(
         self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]
     ) -> Iterator[tuple[InferRequest, list[np.ndarray]]]:
-        rows = _first_from(self._buckets.batch_sizes, sum(request.rows for request in batch))
+        """Each request with its own rows of the outputs, without what its padding made of them."""
+        rows = _first_from(self._buckets.batch_sizes, sum([request.rows for request in batch]))
         names = batch[0].output_names
         for name, array in zip(names, arrays, strict=True):
             check_rows(name, array, rows)
+        axes = self._padded_axes(names, arrays, batch[0])
         start = 0
         for request in batch:
             stop = start + request.rows
-            yield (
-                request,
-                [self._own(name, array[start:stop], request) for name, array in zip(names, arrays, strict=True)],
-            )
+            own = [array[start:stop] for array in arrays]
             start = stop
+            for place, axis, bucket in axes:
+                length = _length(bucket, request.arrays if request.shared is None else _shapes_of(request))
+                own[place] = own[place][(slice(None),) * axis + (slice(length),)]
+            yield request, own
 
-    def _own(self, name: str, array: np.ndarray, request: InferRequest) -> np.ndarray:
-        """One request's rows of an output, without what its padding made of it."""
-        place: list[slice] = [slice(None)] * array.ndim
+    def _padded_axes(
+        self, names: Sequence[str], arrays: Sequence[np.ndarray], request: InferRequest
+    ) -> list[tuple[int, int, Bucket]]:
+        """What is to be cut: (number of the output, its dimension with rows, bucket); one request speaks for all."""
+        axes = []
         for bucket in self._buckets.shapes:
-            axis = bucket.output_axes.get(name)
-            if axis is None:
-                continue
-            length = _length(bucket, _shapes_of(request))
-            padded = bucket.padded(length)
-            if array.ndim <= axis + 1 or array.shape[axis + 1] != padded:
-                raise Internal(
-                    f"output '{name}' came out with shape {format_shape(array.shape)}, and shape_buckets say that its"
-                    f" dimension {axis} is '{bucket.name}', which is {padded} here"
-                )
-            place[axis + 1] = slice(length)
-        return array[tuple(place)]
+            padded = bucket.padded(_length(bucket, _shapes_of(request)))
+            for place, name in enumerate(names):
+                axis = bucket.output_axes.get(name)
+                if axis is None:
+                    continue
+                shape = arrays[place].shape
+                if len(shape) <= axis + 1 or shape[axis + 1] != padded:
+                    raise Internal(
+                        f"output '{name}' came out with shape {format_shape(shape)}, and shape_buckets say that its"
+                        f" dimension {axis} is '{bucket.name}', which is {padded} here"
+                    )
+                axes.append((place, axis + 1, bucket))
+        return axes
 
 
 def _length(bucket: Bucket, arrays: Mapping[str, Any]) -> int:
     """A request's own length, of the first input that has it; `arrays` have shapes with rows."""
-    name, axis = next((name, axis) for name, axis in bucket.input_axes.items() if name in arrays)
-    length: int = arrays[name].shape[axis + 1]
-    return length
+    for name, axis in bucket.input_axes.items():
+        if name in arrays:
+            length: int = arrays[name].shape[axis + 1]
+            return length
+    raise AssertionError(f"a request has an input of bucket '{bucket.name}': only its mask may be left out")
 
 
 def _shapes_of(request: InferRequest) -> Mapping[str, Any]:
@@ -213,10 +222,15 @@ def _filled(parts: Sequence[np.ndarray], shape: tuple[int, ...], pad: float) -> 
     out = np.full(shape, pad, parts[0].dtype)
     start = 0
     for part in parts:
-        stop = start + len(part)
-        out[(slice(start, stop), *map(slice, part.shape[1:]))] = part
+        rows, *dims = part.shape
+        stop = start + rows
+        if len(dims) == 1:
+            out[start:stop, : dims[0]] = part
+        else:
+            out[(slice(start, stop), *map(slice, dims))] = part
         start = stop
-    out[start:] = out[start - 1]
+    if start < len(out):
+        out[start:] = out[start - 1]
     return out
 
 
