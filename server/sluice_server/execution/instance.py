@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from sluice_batching import RunTimes
 from sluice_server.errors import BackendError, DeadlineExceeded, Internal, SluiceError
 from sluice_server.execution import shared_memory
 from sluice_server.observability.statistics import FailureReason
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 SMALL_BATCH_BYTES = 1 << 20
 """Copying 1 MiB takes some 0.1 ms, which no client notices."""
+
+WOULD_BE_LATE = "Request timeout expired: it was not run, as by the runs before it would have finished too late"
+"""For requests whose deadline had not come yet. It begins as for those whose had, which tools look for."""
 
 Answers = deque[tuple["Call", "list[Buffer]"]]
 """Calls with the parts of their answers, to be sent."""
@@ -69,14 +73,18 @@ class BatchRunner:
         to_status: StatusMapper,
         *,
         has_batch_dimension: bool,
+        run_times: RunTimes | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         gather: Gather | None = None,
     ) -> None:
-        """`gather` makes the model's inputs where they are not just the rows of the requests one behind the other."""
+        """`run_times` is what the model's queue predicts from: every run is recorded in it. `gather` makes the model's
+        inputs where they are not just the rows of the requests one behind the other.
+        """
         self._encode = encode
         self._gather: Gather = gather_rows if gather is None else gather
         self._statistics = statistics
         self._to_status = to_status
+        self._run_times = run_times or RunTimes()
         self._has_batch_dimension = has_batch_dimension
         self._clock = clock
 
@@ -134,8 +142,14 @@ class BatchRunner:
             request.call.fail(status)
 
     def expire(self, requests: Sequence[InferRequest]) -> None:
-        """Answer requests whose time was up while they waited."""
-        self._fail(requests, DeadlineExceeded("Request timeout expired"), FailureReason.REJECTED)
+        """Answer requests whose time was up while they waited, or would be before the end of a run."""
+        now_ns = self._clock()
+        expired = [request for request in requests if request.deadline_ns <= now_ns]
+        if expired:
+            self._fail(expired, DeadlineExceeded("Request timeout expired"), FailureReason.REJECTED)
+        if len(expired) < len(requests):
+            late = [request for request in requests if request.deadline_ns > now_ns]
+            self._fail(late, DeadlineExceeded(WOULD_BE_LATE), FailureReason.REJECTED)
 
     def _answered(self, batch: list[InferRequest], answers: list[list[Buffer]]) -> Answers:
         """What is to be sent for a batch that has run."""
@@ -152,6 +166,7 @@ class BatchRunner:
             received_ns += request.call.received_ns
             sampled |= request.call.sampled
         input_ns, infer_ns, output_ns = gathered_ns - started_ns, computed_ns - gathered_ns, ended_ns - computed_ns
+        self._run_times.record(rows, ended_ns - started_ns, ended_ns)
         self._statistics.record_batch(
             rows=rows,
             requests=len(batch),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
-from sluice_batching import BatchQueue, QueuePolicy, RateLimiter
+from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
 from sluice_server.execution.bucket_options import read_buckets
@@ -21,6 +21,7 @@ from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
+from sluice_server.execution.priorities import NS_PER_US, priorities_of
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.rate_limit import LimitedInstance, claim_of
 from sluice_server.execution.session import Session
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig, ModelRateLimiter
     from sluice_server.execution.buckets import Buckets
+    from sluice_server.execution.instance import Gather
     from sluice_server.execution.options import OptionPlan
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
     from sluice_server.status import StatusMapper
 
 logger = logging.getLogger(__name__)
-
-NS_PER_US = 1000
 
 NO_CACHE = (
     "response_cache is enabled for this model, but the server has no response cache, so it is served without one:"
@@ -158,6 +158,14 @@ def _placements(config: ModelConfig) -> dict[int, list[ModelInstanceGroup]]:
     return placements
 
 
+class _How(TypedDict):
+    """What both kinds of runners are told."""
+
+    has_batch_dimension: bool
+    run_times: RunTimes
+    gather: Gather | None
+
+
 class ModelLoader:
     """The manager's loader: a served model from a version on disk."""
 
@@ -189,7 +197,8 @@ class ModelLoader:
         buckets = prepared.buckets
         interface = ModelInterface.of(completed, version, scalars, prepared.labels, buckets)
         policy = self._queue_policy(completed)
-        queue: BatchQueue[InferRequest] = BatchQueue(policy)
+        run_times = RunTimes(sum(group.threads.instances for group in prepared.groups))
+        queue: BatchQueue[InferRequest] = BatchQueue(policy, run_times=run_times)
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
@@ -198,15 +207,14 @@ class ModelLoader:
         if buckets is not None:
             # Its outputs have the rows of the padding too, and it checks them itself.
             encoder, gather, has_rows = CuttingEncoder(interface, buckets), gatherer(buckets, interface), False
+        how = _How(has_batch_dimension=has_rows, run_times=run_times, gather=gather)
         make_model: Callable[..., ServedModel] = ServedModel
         if cache is None:
-            runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows, gather=gather)
+            runner = BatchRunner(encoder, statistics, self._to_status, **how)
         else:
             make_model = CachedModel
             model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
-            runner = CachingRunner(
-                encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows, gather=gather
-            )
+            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, **how)
         instances = [
             self._instance(f"{completed.name}-{number}", queue, group, number, runner)
             for group in prepared.groups
@@ -254,6 +262,7 @@ class ModelLoader:
             preferred_batch_rows=tuple(sorted(preferred)) if batching else (),
             max_queue_rows=self._settings.queue_rows,
             max_queue_bytes=self._settings.queue_bytes,
+            priorities=priorities_of(config),
         )
 
 

@@ -66,6 +66,14 @@ def _carried(
     return (*shape[:batch_dims], *(next(sizes) if dim == VARIABLE else dim for dim in other_dims))
 
 
+def has_queue_policy(config: ModelConfig) -> bool:
+    """Whether a configuration says anything on priorities or on how long requests may wait."""
+    scheduler = config.dynamic_batching
+    return bool(
+        scheduler.priority_levels or scheduler.HasField("default_queue_policy") or scheduler.priority_queue_policy
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInterface:
     """The tensors of one model version. `max_batch_rows` is 0 for a model without a batch dimension."""
@@ -81,6 +89,9 @@ class ModelInterface:
     """Whether two valid requests may differ in more than their rows, so that a batch key must tell them apart."""
     buckets: Buckets | None = None
     """How requests of different shapes share a batch; None: not at all."""
+    prioritizes: bool = False
+    """Whether the queue decides what a request's `priority` and `timeout` mean. Else there are no priorities, and the
+    timeout is a deadline."""
 
     @classmethod
     def of(
@@ -117,4 +128,5 @@ class ModelInterface:
             required_inputs=sum(not tensor.optional for tensor in inputs.values()),
             variable=any(tensor.variable or tensor.optional for tensor in inputs.values()),
             buckets=buckets,
+            prioritizes=has_queue_policy(config),
         )
