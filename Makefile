@@ -14,13 +14,14 @@ TOOLS := .tools
 GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
 
-.PHONY: help setup serve demo test check proto models bench fuzz perf_analyzer grpcurl loadtest image clean
+.PHONY: help setup serve demo test check proto models bench sweep fuzz perf_analyzer grpcurl loadtest image clean
 
 help:
 	@echo "make serve     serve the demo models on ports 8001 (gRPC), 8000 (HTTP), 8002 (metrics)"
 	@echo "make demo      serve them, send the test digits, print accuracy and speed, end"
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
+	@echo "make sweep     Triton's perf_analyzer over gRPC, streams, shared memory and REST, at rising concurrency"
 	@echo "make fuzz      send the server's parts a million inputs that are wrong (a quarter of an hour)"
 	@echo "make proto     generate the protobuf code again"
 	@echo "make perf_analyzer, make grpcurl     get clients that some tests run, and skip without"
@@ -94,6 +95,10 @@ models: $(VENV)/.dev
 bench: $(VENV)/.dev $(VENV)/.native
 	@$(BIN)/python -m loadtests.bench $(BENCH_FLAGS)
 
+# Ends with 1 when any request failed.
+sweep: $(VENV)/.dev $(VENV)/.native $(TOOLS)/bin/perf_analyzer
+	@$(BIN)/python -m loadtests.perf_sweep $(SWEEP_FLAGS)
+
 # What coverage-guided fuzzing needs.
 $(VENV)/.fuzz: $(VENV)/.dev
 	@echo "Installing the fuzzer into $(VENV) (the first time only) ..."
@@ -105,7 +110,7 @@ fuzz: $(VENV)/.fuzz
 	@PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_FLAGS)
 
 # Clients that are not ours, for tests/clients, which skips what is not there.
-perf_analyzer: $(VENV)/.server
+perf_analyzer $(TOOLS)/bin/perf_analyzer: | $(VENV)/.server
 	@$(BIN)/python tests/clients/get_perf_analyzer.py $(TOOLS)
 
 grpcurl:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from loadtests import h2load, machine, processes, table
 from loadtests.h2load import LoadError
+from loadtests.lengths import LengthsMeasurement
 from loadtests.models import BenchModel, generate
 from loadtests.peers import (
     CACHED,
@@ -28,6 +29,7 @@ from loadtests.peers import (
     NATIVE,
     REST,
     SHARED,
+    STREAM,
     UNIQUE,
     EchoMeasurement,
     LoopMeasurement,
@@ -41,6 +43,7 @@ from loadtests.procfs import read_rss_bytes
 from loadtests.rest import RestMeasurement
 from loadtests.results import Goal, Memory, Row, goals
 from loadtests.shared_memory import SharedMeasurement, registered
+from loadtests.streams import StreamMeasurement
 from loadtests.unique import UniqueMeasurement
 from sluice_server.open_files import raise_limit
 from sluice_server.transport.choice import TransportChoice, native_problem
@@ -54,6 +57,7 @@ FLAGS = {
     SHARED: (TransportChoice.NATIVE, "--allow-client-shm"),
     REST: (TransportChoice.NATIVE,),
     UNIQUE: (TransportChoice.NATIVE,),
+    STREAM: (TransportChoice.NATIVE,),
     CACHED: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
     CACHED_UNIQUE: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
 }
@@ -131,6 +135,8 @@ def _measurement(
     if case.load is None:
         return LoopMeasurement(model)
     server = servers[case.who]
+    if model.variants:
+        return LengthsMeasurement(model, server, case.load, scratch)
     if case.who == ECHO:
         return EchoMeasurement(model, server, case.load, scratch)
     if case.who == SHARED:
@@ -138,6 +144,8 @@ def _measurement(
         return SharedMeasurement(model, server, case.load, scratch, shared)
     if case.who == REST:
         return RestMeasurement(model, server, case.load, scratch)
+    if case.who == STREAM:
+        return StreamMeasurement(model, server, case.load, scratch)
     if case.who in (UNIQUE, CACHED_UNIQUE):
         return UniqueMeasurement(case.who, model, server, case.load, scratch)
     return SluiceMeasurement(case.who, model, server, case.load, scratch)

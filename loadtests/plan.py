@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
-from loadtests.peers import CACHED, CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, UNIQUE
+from loadtests.peers import CACHED, CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ def _cases(model: str, load: Load, *whos: str) -> tuple[Case, ...]:
 
 
 LONE, BASE, BUSY, CROWD, APART = Load(1, 1), Load(2, 16), Load(4, 32), Load(1000, 1), Load(32, 1)
-LARGE, LARGER, IMAGES = Load(4, 16), Load(4, 25), Load(2, 4)
+LARGE, LARGER, IMAGES, MIXED = Load(4, 16), Load(4, 25), Load(2, 4), Load(4, 16)
 
 MEMORY = "memory"
 """The part that is no row of the table."""
@@ -34,6 +34,8 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "images": _cases("images", IMAGES, GRPCIO, NATIVE, SHARED),
     "crowd": _cases("identity", BASE, NATIVE) + _cases("identity", CROWD, NATIVE),
     "rest": _cases("identity", APART, NATIVE, REST),
+    "stream": _cases("identity", BASE, NATIVE, STREAM),
+    "lengths": _cases("lengths", MIXED, NATIVE) + _cases("lengths_bucketed", MIXED, NATIVE),
     "cache": _cases("digits_cached", BUSY, NATIVE, CACHED, UNIQUE, CACHED_UNIQUE)
     + _cases("identity_cached", BASE, UNIQUE, CACHED_UNIQUE),
     MEMORY: (),
@@ -58,7 +60,7 @@ class Plan:
         """The rows to measure with our transports that there are; what two parts share is measured once."""
         measurable = {*transports, ECHO, LOOP}
         if NATIVE in measurable:
-            measurable |= {SHARED, REST, UNIQUE, CACHED, CACHED_UNIQUE}
+            measurable |= {SHARED, REST, UNIQUE, STREAM, CACHED, CACHED_UNIQUE}
         found = dict.fromkeys(case for part in self.parts for case in PARTS[part])
         return [case for case in found if case.who in measurable]
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
-from loadtests.peers import CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, UNIQUE, Sample
-from loadtests.plan import APART, BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE
+from loadtests.peers import CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE, Sample
+from loadtests.plan import APART, BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE, MIXED
 from loadtests.summary import Summary, summarize
 
 
@@ -105,6 +105,10 @@ def _p50(sample: Sample) -> float:
     return sample.p50_ms
 
 
+def _p99(sample: Sample) -> float:
+    return sample.p99_ms
+
+
 def _batch(sample: Sample) -> float:
     return sample.mean_batch_rows
 
@@ -126,6 +130,8 @@ TARGETS = (
            Key("images", SHARED, IMAGES), Key("images", NATIVE, IMAGES), 2, at_least=True),
     Target("identity, 32 x 1: requests/s, REST over gRPC, on native", _rate,
            Key("identity", REST, APART), Key("identity", NATIVE, APART), 0.3, at_least=True),
+    Target("identity, 2 x 16: requests/s, in streams over in unary calls, on native", _rate,
+           Key("identity", STREAM, BASE), _IDENTITY, 1.3, at_least=True),
     Target("identity, 1000 x 1: requests/s, native over its own 2 x 16", _rate,
            Key("identity", NATIVE, CROWD), _IDENTITY, 0.6, at_least=True),
     Target("digits MLP, 4 x 32, unique inputs: requests/s, with a response cache over without", _rate,
@@ -134,6 +140,10 @@ TARGETS = (
            Key("digits_cached", CACHED_UNIQUE, BUSY), Key("digits_cached", UNIQUE, BUSY), 1.03, at_least=False),
     Target("identity, 2 x 16, unique inputs: CPU per request, with a response cache over without", _cpu,
            Key("identity_cached", CACHED_UNIQUE, BASE), Key("identity_cached", UNIQUE, BASE), 1.03, at_least=False),
+    Target("lengths 5 to 128, 4 x 16: requests/s, with shape buckets over without", _rate,
+           Key("lengths_bucketed", NATIVE, MIXED), Key("lengths", NATIVE, MIXED), 1.5, at_least=True),
+    Target("lengths 5 to 128, 4 x 16: p99, with shape buckets over without", _p99,
+           Key("lengths_bucketed", NATIVE, MIXED), Key("lengths", NATIVE, MIXED), 1, at_least=False),
     # 0.90 leaves the rest for transport, queue, gather and scatter on the other core.
     Target("large MLP, 4 x 16: rows/s, native over the bare loop", _rate,
            Key("large_mlp", NATIVE, LARGE), _LOOP, 0.90, at_least=True),

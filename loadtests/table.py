@@ -24,10 +24,10 @@ def render_report(
 
 def render_rows(rows: Sequence[Row]) -> str:
     """The table; `±` is half the distance between the best and the worst round."""
-    return _markdown([COLUMNS, *map(_cells, rows)], words=3)
+    return markdown([COLUMNS, *map(_cells, rows)], words=3)
 
 
-def _markdown(cells: Sequence[Sequence[str]], words: int) -> str:
+def markdown(cells: Sequence[Sequence[str]], words: int) -> str:
     """A table whose first columns are words, to the left, and the others numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -59,7 +59,7 @@ def render_goals(goals: Sequence[Goal]) -> str:
         value, limit = goal.value, f"{'at least' if goal.at_least else 'at most'} {goal.limit:g}"
         rounds = f"{value.low:.3g} to {value.high:.3g}" if value.low != value.high else ""
         cells.append((goal.text, "met" if goal.is_met else "MISSED", limit, f"{value.median:.3g}", rounds))
-    return _markdown(cells, words=2)
+    return markdown(cells, words=2)
 
 
 def render_memory(memory: Memory) -> str:

@@ -7,6 +7,7 @@ from sluice_batching.lru import LruTable
 from sluice_batching.policy import LevelPolicy, Priorities, QueuePolicy
 from sluice_batching.priority_queue import PriorityQueue
 from sluice_batching.queue import Group, Queue, Taken
+from sluice_batching.rate_limiter import Claim, RateLimiter, Resource, ResourcePools, TooFewCopies
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
 from sluice_batching.run_times import RunTimes
 from sluice_batching.shell import BatchQueue
@@ -16,6 +17,7 @@ __all__ = [
     "NO_DEADLINE",
     "BatchQueue",
     "BatchingError",
+    "Claim",
     "Coalescer",
     "DeadlineExpired",
     "Draining",
@@ -28,9 +30,13 @@ __all__ = [
     "Queue",
     "QueueFull",
     "QueuePolicy",
+    "RateLimiter",
     "Request",
     "RequestTooLarge",
+    "Resource",
+    "ResourcePools",
     "RunTimes",
     "Taken",
+    "TooFewCopies",
     "TooLate",
 ]

@@ -205,6 +205,24 @@ class BatchQueue(Generic[R]):
             self._pass_the_watch_on()
             return taken
 
+    def wait(self) -> bool:
+        """Wait until something is due, and leave it there; False when the queue is draining and empty.
+
+        For takers that need more than a batch to run: by the time they take, another one may have been faster. Nobody
+        calls `offer_and_take` on their queue, as its place is not theirs to lend.
+        """
+        with self._lock:
+            while True:
+                now_ns = self._clock()
+                wakeup_ns = self._queue.next_wakeup_ns()
+                if wakeup_ns is not None and wakeup_ns <= now_ns:
+                    # It stays due, so the next one is woken too: this one may have to wait for what it needs.
+                    self._pass_the_watch_on()
+                    return True
+                if self._queue.draining and wakeup_ns is None:
+                    return False
+                self._wait_for_work(NEVER_NS, now_ns, watches=True)
+
     def cancel(self, request: R) -> bool:
         """Take a request out: True if it was waiting here, and nobody else will answer it; False if it has left."""
         with self._lock:

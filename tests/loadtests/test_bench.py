@@ -1,9 +1,11 @@
 """The benchmark from end to end, as quick as it gets: that it measures and checks, not what it measures."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from loadtests.h2load import LoadError
 from loadtests.models import THREADS, generate
 from loadtests.ort_loop import measure, open_session
 from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SluiceMeasurement, probe
-from loadtests.plan import APART, CROWD, IMAGES, Plan
+from loadtests.plan import APART, BASE, CROWD, IMAGES, Plan
 from loadtests.rest import RestMeasurement
 from loadtests.shared_memory import SharedMeasurement, registered
+from loadtests.streams import StreamMeasurement
 from sluice_server.open_files import raise_limit
 from sluice_server.transport.choice import native_problem
 
@@ -100,6 +103,25 @@ def test_rest_comes_through_and_its_tensors_are_looked_at(transport: str, tmp_pa
         rest.check_reply(reply)
         with pytest.raises(LoadError, match="not what ONNX Runtime gives"):
             rest.check_reply(reply[:-64] + bytes(64))
+
+
+@needs_h2load
+def test_streams_come_through_and_their_answers_are_looked_at(transport: str, tmp_path: Path) -> None:
+    model = generate("identity", tmp_path / "models")
+    with processes.sluice(tmp_path / "models", tmp_path, transport) as server:
+        streams = StreamMeasurement(model, server, BASE, tmp_path)
+        before = streams.counters()
+        found = streams.send(4 * BASE.in_flight)
+        assert found.requests_per_s > 0
+        assert math.isnan(found.p50_ms)
+        assert streams.counters().succeeded - before.succeeded == 4 * BASE.in_flight + 2  # the probes
+        reply = streams.ask()
+        streams.check_reply(reply)
+        with pytest.raises(LoadError, match="not what ONNX Runtime gives"):
+            streams.check_reply(reply[:-64] + bytes(64))
+        nothing = StreamMeasurement(replace(model, request=b""), server, BASE, tmp_path)
+        with pytest.raises(LoadError, match=r"answered with an error: .*is not found"):
+            nothing.check_reply(nothing.ask())
 
 
 def test_without_h2load_it_says_how_to_install_it(

@@ -100,7 +100,8 @@ def decode(
     key: Any = output_names
     if interface.variable:
         first = 1 if interface.max_batch_rows else 0
-        key = (output_names, *((name, arrays[name].shape[first:]) for name in interface.inputs if name in arrays))
+        dims = {name: arrays[name].shape[first:] for name in interface.inputs if name in arrays}
+        key = (output_names, *(dims.items() if interface.buckets is None else interface.buckets.key(dims)))
     shared = None
     if windows or Window in map(type, sources):
         shared = SharedTensors({name: item for name, item in arrays.items() if type(item) is SharedTensor}, windows)
