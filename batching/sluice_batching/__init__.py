@@ -11,6 +11,7 @@ from sluice_batching.rate_limiter import Claim, RateLimiter, Resource, ResourceP
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
 from sluice_batching.run_times import RunTimes
 from sluice_batching.shell import BatchQueue
+from sluice_batching.tuner import SloTuner
 
 __all__ = [
     "NEVER_QUEUED",
@@ -36,6 +37,7 @@ __all__ = [
     "Resource",
     "ResourcePools",
     "RunTimes",
+    "SloTuner",
     "Taken",
     "TooFewCopies",
     "TooLate",

@@ -218,10 +218,9 @@ class Queue(Generic[R]):
                 return late
             if deadline_ns + self._level_rank < rank:
                 rank = deadline_ns + self._level_rank
-        if self._rows + rows > self._max_rows or self._size_bytes + size_bytes > self._max_bytes:
-            full = self._overflow(rows, size_bytes)
-            if full is not None:
-                return full
+        crowded = self._rows + rows > self._max_rows or self._size_bytes + size_bytes > self._max_bytes
+        if crowded and (full := self._overflow(rows, size_bytes)) is not None:
+            return full
         order = self._next_order
         self._next_order = order + 1
         request.queue_order = order

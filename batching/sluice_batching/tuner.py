@@ -4,23 +4,24 @@ What it knows is how long runs take, by size class of the batch, learned while t
 last runs and looks at a high quantile of them, not at the mean: an objective for the 99th percentile is missed by the
 slow ones.
 
-A request that comes at the worst time waits for the run that has just begun, for the batches before its own, and for its
-own. With `slow` the quantile for the batch size, `n` instances and `W` rows that wait, its own included:
+A request that comes at the worst time waits for the run that has just begun, for the batches before its own, and for
+its own. With `slow` the quantile for the batch size, `n` instances and `W` rows that wait, its own included:
 
     slow + ceil(W / (n x size)) x slow  <=  objective
 
 * The size is the one with the most rows/s of those for which one batch keeps the objective: 2 x slow <= objective.
 * `W` follows from it, and what comes when so much waits is refused at once. That is what keeps the promise to those who
   were let in, at any load.
-* Sizes that have not been seen are tried from below, at most twice as large as the largest that keeps the objective, and as
-  long as the line through two known sizes, which tells fixed from per-row costs, keeps it too. With one size known, the
-  next one is a row larger.
+* Sizes that have not been seen are tried from below, at most twice as large as the largest that keeps the objective,
+  and as long as the line through two known sizes, which tells fixed from per-row costs, keeps it too. With one size
+  known, the next one is a row larger. Before the first run nobody is refused.
 * There is no delay: while an instance runs, the next batch grows by itself, and on a server that is not busy a delay
   costs latency and gains nothing that anybody waits for.
 
 A class that has not run for some time is forgotten, so that a slow spell does not rule out its size for ever.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -73,12 +74,12 @@ class _Window:
 
 
 class SloTuner(RunTimes):
-    """The run times of a model with an objective; `on_change` is told of each decision that differs from the last.
+    """The run times of a model with an objective, and what follows from them for its queue.
 
     For any thread; two runs that end at the same time may both decide, on the same facts but for one run.
     """
 
-    __slots__ = ("_budget_ns", "_max_rows", "_runs", "_windows", "merge_rows", "on_change", "queue_rows")
+    __slots__ = ("_budget_ns", "_max_rows", "_on_change", "_runs", "_windows", "merge_rows", "queue_rows")
 
     def __init__(self, slo_ns: int, max_rows: int, instances: int = 1) -> None:
         """`slo_ns` is the objective for all but the slowest requests, `max_rows` what a batch may have at most."""
@@ -89,10 +90,14 @@ class SloTuner(RunTimes):
         self._runs = 0
         self.merge_rows = 1
         """Up to how many rows requests are merged."""
-        self.queue_rows = max_rows * instances
+        self.queue_rows = sys.maxsize
         """How many rows may wait."""
-        self.on_change: Callable[[int, int], None] | None = None
-        """Called with both."""
+        self._on_change: Callable[[int, int], None] | None = None
+
+    def steer(self, on_change: Callable[[int, int], None]) -> None:
+        """Have `merge_rows` and `queue_rows` followed: now, and after each decision that differs from the last."""
+        self._on_change = on_change
+        on_change(self.merge_rows, self.queue_rows)
 
     def record(self, rows: int, run_ns: int, now_ns: int) -> None:
         """As the base does; every few runs decide anew."""
@@ -119,8 +124,8 @@ class SloTuner(RunTimes):
         queue_rows = merge_rows * self._instances * max(1, self._budget_ns // slow_ns - 1)
         if (merge_rows, queue_rows) != (self.merge_rows, self.queue_rows):
             self.merge_rows, self.queue_rows = merge_rows, queue_rows
-            if self.on_change is not None:
-                self.on_change(merge_rows, queue_rows)
+            if self._on_change is not None:
+                self._on_change(merge_rows, queue_rows)
 
     def _best(self, known: list[tuple[int, int, int]]) -> tuple[int, int]:
         """The size with the most rows/s that keeps the objective, or may, and how slow its runs are.

@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
-from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes
+from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes, SloTuner
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
 from sluice_server.execution.bucket_options import read_buckets
@@ -19,6 +19,7 @@ from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
+from sluice_server.execution.objective import read_slo_ns
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.priorities import NS_PER_US, priorities_of
@@ -105,6 +106,8 @@ class PreparedModel:
     labels: Mapping[str, tuple[bytes, ...]]
     """The names of the classes of the outputs that have a label file, by the outputs' names."""
     buckets: Buckets | None
+    slo_ns: int
+    """The latency objective; 0: there is none."""
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -145,7 +148,8 @@ def prepare(
         auto_complete=settings.auto_complete,
         default_max_batch_size=settings.default_max_batch_size,
     )
-    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path), read_buckets(completed))
+    labels = read_labels(completed, directory.path)
+    return PreparedModel(completed, tuple(groups), labels, read_buckets(completed), read_slo_ns(completed))
 
 
 def _placements(config: ModelConfig) -> dict[int, list[ModelInstanceGroup]]:
@@ -197,8 +201,10 @@ class ModelLoader:
         buckets = prepared.buckets
         interface = ModelInterface.of(completed, version, scalars, prepared.labels, buckets)
         policy = self._queue_policy(completed)
-        run_times = RunTimes(sum(group.threads.instances for group in prepared.groups))
+        run_times = _run_times(prepared)
         queue: BatchQueue[InferRequest] = BatchQueue(policy, run_times=run_times)
+        if isinstance(run_times, SloTuner):
+            run_times.steer(queue.tune)
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
@@ -264,6 +270,14 @@ class ModelLoader:
             max_queue_bytes=self._settings.queue_bytes,
             priorities=priorities_of(config),
         )
+
+
+def _run_times(prepared: PreparedModel) -> RunTimes:
+    """What the runs are recorded in: with an objective, what learns from them."""
+    instances = sum(group.threads.instances for group in prepared.groups)
+    if not prepared.slo_ns:
+        return RunTimes(instances)
+    return SloTuner(prepared.slo_ns, max(1, prepared.config.max_batch_size), instances)
 
 
 def _queue_of_followers(policy: QueuePolicy) -> BatchQueue[InferRequest]:
