@@ -10,10 +10,12 @@ from sluice_batching.queue import Group, Queue, Taken
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
 from sluice_batching.run_times import RunTimes
 from sluice_batching.shell import BatchQueue
+from sluice_batching.simulation import Arrival, Report, Simulation, Strategy
 
 __all__ = [
     "NEVER_QUEUED",
     "NO_DEADLINE",
+    "Arrival",
     "BatchQueue",
     "BatchingError",
     "Coalescer",
@@ -28,9 +30,12 @@ __all__ = [
     "Queue",
     "QueueFull",
     "QueuePolicy",
+    "Report",
     "Request",
     "RequestTooLarge",
     "RunTimes",
+    "Simulation",
+    "Strategy",
     "Taken",
     "TooLate",
 ]
