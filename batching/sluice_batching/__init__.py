@@ -11,11 +11,13 @@ from sluice_batching.rate_limiter import Claim, RateLimiter, Resource, ResourceP
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
 from sluice_batching.run_times import RunTimes
 from sluice_batching.shell import BatchQueue
+from sluice_batching.simulation import Arrival, Report, Simulation, Strategy
 from sluice_batching.tuner import SloTuner
 
 __all__ = [
     "NEVER_QUEUED",
     "NO_DEADLINE",
+    "Arrival",
     "BatchQueue",
     "BatchingError",
     "Claim",
@@ -32,12 +34,15 @@ __all__ = [
     "QueueFull",
     "QueuePolicy",
     "RateLimiter",
+    "Report",
     "Request",
     "RequestTooLarge",
     "Resource",
     "ResourcePools",
     "RunTimes",
+    "Simulation",
     "SloTuner",
+    "Strategy",
     "Taken",
     "TooFewCopies",
     "TooLate",

@@ -18,6 +18,9 @@ its own. With `slow` the quantile for the batch size, `n` instances and `W` rows
 * There is no delay: while an instance runs, the next batch grows by itself, and on a server that is not busy a delay
   costs latency and gains nothing that anybody waits for.
 
+Where the objective is hardly longer than two of the shortest runs, the quantile and the headroom cost throughput: there
+the best fixed size that would just do it has no room for any disturbance.
+
 A class that has not run for some time is forgotten, so that a slow spell does not rule out its size for ever.
 """
 
@@ -27,8 +30,11 @@ from typing import Final
 
 from sluice_batching.run_times import RunTimes
 
-HEADROOM: Final = 0.92
-"""The part of the objective that is planned with: what decoding, encoding and the network take is not measured here."""
+HEADROOM_NS: Final = 1_000_000
+"""What is kept of an objective for decoding, encoding and the network, which are not measured here."""
+
+HEADROOM_SHARE: Final = 0.08
+"""But no more of a short objective than this share."""
 
 RUNS_KEPT: Final = 64
 """Of each class: enough for a quantile that three outliers do not move, few enough to follow a change in a second."""
@@ -84,7 +90,7 @@ class SloTuner(RunTimes):
     def __init__(self, slo_ns: int, max_rows: int, instances: int = 1) -> None:
         """`slo_ns` is the objective for all but the slowest requests, `max_rows` what a batch may have at most."""
         super().__init__(instances)
-        self._budget_ns = int(slo_ns * HEADROOM)
+        self._budget_ns = slo_ns - int(min(HEADROOM_NS, slo_ns * HEADROOM_SHARE))
         self._max_rows = max_rows
         self._windows: dict[int, _Window] = {}
         self._runs = 0

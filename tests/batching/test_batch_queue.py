@@ -443,3 +443,14 @@ def test_what_is_left_in_a_draining_queue_is_due() -> None:
     assert queue.wait()
     assert queue.take() is not None
     assert not queue.wait()
+
+
+def test_a_taker_that_waits_for_a_full_batch_is_woken_when_less_is_full() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock, delay_ns=HOUR_NS)
+    offered = [request(), request()]
+    queue.offer_many(offered)
+    taker = Taker(queue)
+    clock.wait_for_reading("taker", 1)
+    queue.tune(merge_rows=2, queue_rows=100)
+    assert taker.result() == (offered, [])

@@ -381,3 +381,56 @@ def test_nothing_keeps_a_request_alive_that_has_left() -> None:
     del cancelled, run
     assert len(alive) == 0
     assert repr(queue) == "<Queue: 0 requests, 0 rows, 0 bytes, 0 groups>"
+
+
+# --- Merging less, and tuning
+
+
+def rows_of(queue: Queue[Named], now_ns: int = 0) -> list[int]:
+    """The rows of the batches that are due, one after the other."""
+    sizes = []
+    while batch := queue.take(now_ns).batch:
+        sizes.append(sum(request.rows for request in batch))
+    return sizes
+
+
+def test_requests_are_merged_up_to_merge_rows_and_a_larger_one_goes_alone() -> None:
+    queue: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8, merge_rows=4, batching=True))
+    for rows in (1, 2, 2, 7, 1):
+        queue.offer(Named("a", rows=rows), 0)
+    assert rows_of(queue) == [3, 2, 7, 1]
+
+
+def test_a_delayed_group_is_due_with_merge_rows() -> None:
+    queue: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8, merge_rows=2, batching=True, max_delay_ns=MS))
+    queue.offer(Named("a"), 0)
+    assert rows_of(queue) == []
+    queue.offer(Named("a"), 0)
+    assert rows_of(queue) == [2]
+
+
+def test_a_queue_is_tuned_while_it_holds_requests() -> None:
+    queue = batching(8, delay_ms=1)
+    for _ in range(4):
+        queue.offer(Named("a"), 0)
+    queue.tune(merge_rows=2, queue_rows=4)
+    assert rows_of(queue) == [2, 2]
+    queue.tune(merge_rows=99, queue_rows=99)
+    for _ in range(8):
+        queue.offer(Named("a"), 0)
+    assert rows_of(queue) == [8]
+
+
+def test_a_tuned_queue_refuses_what_is_too_much_now_and_lets_in_what_finds_it_empty() -> None:
+    queue: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8, batching=True, max_queue_rows=6, max_queue_bytes=100))
+    queue.tune(merge_rows=8, queue_rows=2)
+    assert queue.try_offer(Named("a", rows=4), 0) is None
+    refused = queue.try_offer(Named("a", rows=1), 0)
+    assert isinstance(refused, QueueFull)
+    assert (refused.what, refused.limit, refused.waiting, refused.requested) == ("rows", 2, 4, 1)
+    assert rows_of(queue) == [4]
+    assert isinstance(queue.try_offer(Named("a", rows=7), 0), RequestTooLarge)
+    assert isinstance(queue.try_offer(Named("a", rows=4, size_bytes=101), 0), RequestTooLarge)
+    queue.tune(merge_rows=8, queue_rows=99)
+    assert queue.try_offer(Named("a", rows=6), 0) is None
+    assert isinstance(queue.try_offer(Named("a", rows=1), 0), QueueFull)

@@ -41,6 +41,8 @@ class NaiveQueue:
 
     def __init__(self, policy: QueuePolicy) -> None:
         self.policy = policy
+        self.merge_rows = policy.merge_rows or policy.max_batch_rows
+        self.tuned_rows = 0
         self.waiting: list[Asking] = []
         self.due_ns: dict[Asking, int] = {}
         self.delays_at_ns: dict[Asking, int] = {}
@@ -97,7 +99,8 @@ class NaiveQueue:
                 return RequestTooLarge
             if limit and waiting + requested > limit:
                 return QueueFull
-        return None
+        rows = sum(each.rows for each in self.waiting)
+        return QueueFull if rows and self.tuned_rows and rows + request.rows > self.tuned_rows else None
 
     def expired(self, now_ns: int) -> list[Asking]:
         return sorted(
@@ -122,13 +125,13 @@ class NaiveQueue:
     def due(self, group: list[Asking], now_ns: int) -> list[Asking]:
         """The batch of a group if it is due."""
         sums = [sum(request.rows for request in group[: i + 1]) for i in range(len(group))]
-        fitting = [total for total in sums if total <= self.policy.max_batch_rows]
+        fitting = [total for total in sums if total <= self.merge_rows] or sums[:1]
         preferred = [total for total in fitting if total in self.policy.preferred_batch_rows]
         if self.overdue(group, now_ns):
             return group[: len(fitting)]
         if preferred:
             return group[: sums.index(preferred[-1]) + 1]
-        enough = max(self.policy.preferred_batch_rows, default=self.policy.max_batch_rows)
+        enough = min(max(self.policy.preferred_batch_rows, default=self.merge_rows), self.merge_rows)
         if self.policy.max_delay_ns == 0 or self.draining or len(fitting) < len(group) or fitting[-1] >= enough:
             return group[: len(fitting)]
         return []
@@ -165,6 +168,7 @@ def policies(draw: st.DrawFn) -> QueuePolicy:
     batching = draw(st.sampled_from([True, True, True, False]))
     return QueuePolicy(
         max_batch_rows=rows,
+        merge_rows=draw(st.sampled_from([0, 0, rows, (rows + 1) // 2])),
         batching=batching,
         max_delay_ns=draw(st.integers(0, 6)) if batching else 0,
         preferred_batch_rows=tuple(draw(st.lists(st.integers(1, rows), max_size=3))) if batching else (),
@@ -211,6 +215,12 @@ class QueueAgainstModel(RuleBasedStateMachine):
             assert request.enqueued_ns == self.now_ns
             self.model.accept(request, self.now_ns)
             self.accepted.append(request)
+
+    @rule(merge_rows=st.integers(1, 9), queue_rows=st.integers(1, 20))
+    def tune(self, merge_rows: int, queue_rows: int) -> None:
+        self.queue.tune(merge_rows, queue_rows)
+        self.model.merge_rows = min(merge_rows, self.model.policy.max_batch_rows)
+        self.model.tuned_rows = queue_rows
 
     @rule(step_ns=st.integers(1, 5))
     def time_passes(self, step_ns: int) -> None:
