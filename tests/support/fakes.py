@@ -212,11 +212,13 @@ def held(model: ServedModel) -> Iterator[HeldSession]:
     for instance in instances:
         instance._session = session
     common, model._common_session = model._common_session, session
+    spares, model._spare_watches = model._spare_watches, []
     try:
         yield session
     finally:
         session.release()
         model._common_session = common
+        model._spare_watches = spares
         for instance, original in zip(instances, originals, strict=True):
             instance._session = original
 
