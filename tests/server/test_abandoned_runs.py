@@ -33,12 +33,12 @@ def answer_of(call) -> float:
 
 def wait_until_running(server, requests: int) -> None:
     watches = server.model("slow")._watches
-    eventually(lambda: requests in [len(watch._batch) for watch in watches], f"{requests} requests run together")
+    eventually(lambda: requests in [len(watch.batch) for watch in watches], f"{requests} requests run together")
 
 
 def wait_until_idle(server) -> None:
     watches = server.model("slow")._watches
-    eventually(lambda: not any(watch._batch for watch in watches), "the run has ended")
+    eventually(lambda: not any(watch.batch for watch in watches), "the run has ended")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_batch_runs_until_the_last_of_its_clients_has_left(serve):
     eventually(lambda: len(server.model("slow").queue) == 2, "two wait")
     first.cancel()
     wait_until_running(server, 2)
-    (watch,) = [watch for watch in server.model("slow")._watches if watch._batch]
+    (watch,) = [watch for watch in server.model("slow")._watches if watch.batch]
     calls[0].cancel()
     eventually(lambda: watch._left == 1, "one has left")
     assert not watch._stopped
@@ -89,7 +89,7 @@ def test_after_a_run_was_ended_its_thread_answers_as_ever(serve, repository):
     server = serve(SHORT)
     for watch in (watch for _ in range(3) for watch in server.model("slow")._watches):
         call = RecordingCall()
-        watch.begin([call])
+        watch.batch = [call]
         assert watch.leave(call)
         watch.end()
         assert answer_of(server.begin("ModelInfer", number(7))) == 7
@@ -114,7 +114,7 @@ def test_a_session_that_cannot_be_stopped_is_watched_without_effect():
     call = RecordingCall()
     assert watch.session is session
     assert not watch.leave(call)
-    watch.begin([call])
+    watch.batch = [call]
     assert watch.leave(call)
     watch.end()
     assert not watch.leave(call)

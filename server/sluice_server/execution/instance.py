@@ -256,7 +256,7 @@ class Instance:
         return self._queue.take()
 
     def _run(self, batch: list[InferRequest]) -> None:
-        self.watch.begin(batch)
+        self.watch.batch = batch
         try:
             self._answers = self._runner.run(self._session, batch, self._answers)
         except Exception as error:

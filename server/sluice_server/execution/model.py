@@ -112,7 +112,7 @@ class ServedModel:
         except IndexError:
             watch = RunWatch(session)
             self._watches.append(watch)
-        watch.begin(batch)
+        watch.batch = batch
         try:
             self._runner.run_and_send(watch.session, batch)
         finally:

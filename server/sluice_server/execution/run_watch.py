@@ -42,13 +42,17 @@ class HasStoppable(Protocol):
 
 
 class RunWatch:
-    """What one thread runs. `session` is what it runs with: a view of its own, where there are such."""
+    """What one thread runs.
 
-    __slots__ = ("_batch", "_left", "_lock", "_stoppable", "_stopped", "session")
+    `session` is what it runs with: a view of its own, where there are such. `batch` is set when one is about to run,
+    and then `end` is called.
+    """
+
+    __slots__ = ("_left", "_lock", "_stoppable", "_stopped", "batch", "session")
 
     def __init__(self, session: Runnable) -> None:
         self._lock = threading.Lock()
-        self._batch: Sequence[InferRequest] = ()
+        self.batch: Sequence[InferRequest] = ()
         self._left = 0
         self._stopped = False
         self._stoppable: Stoppable | None = None
@@ -57,27 +61,26 @@ class RunWatch:
             self._stoppable = session.stoppable()
             self.session = self._stoppable
 
-    def begin(self, batch: Sequence[InferRequest]) -> None:
-        """A batch is about to run."""
-        with self._lock:
-            self._batch = batch
-
     def end(self) -> None:
-        """It has run, or failed; nothing of it is kept."""
+        """The batch has run, or failed; nothing of it is kept."""
         with self._lock:
-            self._batch = ()
-            self._left = 0
-            if self._stopped and self._stoppable is not None:
-                self._stoppable.resume()
-                self._stopped = False
+            self.batch = ()
+            if self._left:
+                self._reset()
 
     def leave(self, request: InferRequest) -> bool:
         """A client has left: whether its request runs here. The last of the batch ends the run."""
         with self._lock:
-            if request not in self._batch:
+            if request not in self.batch:
                 return False
             self._left += 1
-            if self._left == len(self._batch) and self._stoppable is not None:
+            if self._left == len(self.batch) and self._stoppable is not None:
                 self._stopped = True
                 self._stoppable.stop()
             return True
+
+    def _reset(self) -> None:
+        self._left = 0
+        if self._stopped and self._stoppable is not None:
+            self._stoppable.resume()
+            self._stopped = False
