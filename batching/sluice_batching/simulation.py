@@ -105,9 +105,9 @@ class Simulation:
 
     def run(self, arrivals: Sequence[Arrival]) -> Report:
         """Let everything arrive, and run until nothing is left; the arrivals are in order of time."""
-        place = 0
+        place = now_ns = 0
         while True:
-            next_ns = self._next_ns()
+            next_ns = self._next_ns(now_ns)
             if place < len(arrivals) and (next_ns is None or arrivals[place].arrival_ns <= next_ns):
                 now_ns = arrivals[place].arrival_ns
                 self._arrive(arrivals[place], now_ns)
@@ -123,13 +123,14 @@ class Simulation:
             self.report.expired += len(self._queue.expire(now_ns))
             self._take(now_ns)
 
-    def _next_ns(self) -> int | None:
-        """When something happens next if nothing more arrives; None = never."""
+    def _next_ns(self, now_ns: int) -> int | None:
+        """When something happens next if nothing more arrives, from now on; None = never."""
         instants_ns = [self._runs[0][0]] if self._runs else []
         deadline_ns = self._queue.next_deadline_ns()
         wakeup_ns = self._queue.next_wakeup_ns() if self._free else None
         instants_ns += [instant_ns for instant_ns in (deadline_ns, wakeup_ns) if instant_ns is not None]
-        return min(instants_ns, default=None)
+        # What is due already has its instant in the past.
+        return max(now_ns, min(instants_ns)) if instants_ns else None
 
     def _arrive(self, arrival: Arrival, now_ns: int) -> None:
         request = _Simulated(arrival, sees_deadlines=self._strategy.sees_deadlines)

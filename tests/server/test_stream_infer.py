@@ -147,7 +147,8 @@ def test_what_a_client_that_cancels_had_in_the_queue_is_not_run(server):
         eventually(lambda: len(server.model("echo").queue) == 1, "only the neighbour's request waits")
         session.release()
         assert neighbour.hear_value() == 100
-    assert outcomes_of(server)[Outcome.CANCELLED] == 5
+    # The five, and the one that was running if its run could still be ended.
+    assert outcomes_of(server)[Outcome.CANCELLED] in {5, 6}
     assert neighbour.end() is grpc.StatusCode.OK
     assert server.server.transport.outcomes() == {(STREAM_INFER, Code.OK): 1, (STREAM_INFER, Code.CANCELLED): 1}
     assert [feeds["X"].ravel().tolist() for feeds in session.runs] == [[0], [100]]

@@ -127,7 +127,8 @@ def test_the_blocking_client_cancels_what_waits(server):
         client.stop_stream(cancel_requests=True)
         assert "cancel" in answers.error().message().lower()
         eventually(lambda: len(model.queue) == 0, "nothing waits")
-    assert model.statistics.snapshot().outcomes[Outcome.CANCELLED] == 5
+    # The five, and the one that was running if its run could still be ended.
+    assert model.statistics.snapshot().outcomes[Outcome.CANCELLED] in {5, 6}
 
 
 def test_the_blocking_client_keeps_the_time_limit_of_its_stream(server):

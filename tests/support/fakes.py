@@ -213,11 +213,13 @@ def held(model: ServedModel) -> Iterator[HeldSession]:
         instance._session = session
     common = model._common_session
     model._common_session = None if common is None else session
+    spares, model._spare_watches = model._spare_watches, []
     try:
         yield session
     finally:
         session.release()
         model._common_session = common
+        model._spare_watches = spares
         for instance, original in zip(instances, originals, strict=True):
             instance._session = original
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from sluice_batching import RunTimes
-from sluice_server.errors import BackendError, DeadlineExceeded, Internal, SluiceError
+from sluice_server.errors import BackendError, Cancelled, DeadlineExceeded, Internal, SluiceError
 from sluice_server.execution import shared_memory
+from sluice_server.execution.run_watch import RunWatch
 from sluice_server.observability.statistics import FailureReason
 from sluice_server.protocol.traced import TracedCall
 
@@ -104,6 +105,9 @@ class BatchRunner:
             if self._has_batch_dimension:
                 _check_outputs(batch, outputs)
             answers = self._encode(batch, outputs)
+        except Cancelled as error:
+            self._fail(batch, error, FailureReason.CANCELED)
+            return earlier
         except SluiceError as error:
             if len(batch) == 1:
                 backend = isinstance(error, BackendError)
@@ -226,8 +230,9 @@ class Instance:
     """
 
     def __init__(self, name: str, queue: BatchQueue[InferRequest], session: Runnable, runner: BatchRunner) -> None:
+        self.watch = RunWatch(session)
         self._queue = queue
-        self._session = session
+        self._session = self.watch.session
         self._runner = runner
         self._answers: Answers = deque()
         self._thread = threading.Thread(target=self._pull, name=name, daemon=True)
@@ -262,11 +267,14 @@ class Instance:
         return self._queue.take()
 
     def _run(self, batch: list[InferRequest]) -> None:
+        self.watch.batch = batch
         try:
             self._answers = self._runner.run(self._session, batch, self._answers)
         except Exception as error:
             # A bug; the requests behind this batch need the thread all the same.
             self._runner.give_up(batch, error)
+        finally:
+            self.watch.end()
 
 
 def is_small(batch: list[InferRequest]) -> bool:

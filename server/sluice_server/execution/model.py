@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sluice_batching import Draining, QueueFull, RequestTooLarge, TooLate
 from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SluiceError
+from sluice_server.execution.run_watch import RunWatch
 from sluice_server.observability.statistics import FailureReason, Outcome
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class ServedModel:
         self._to_status = to_status
         self._timer = timer
         self._common_session = common_session
+        # Of everybody who runs batches of this version; and those of them that nobody uses now, for lone requests.
+        self._watches = [instance.watch for instance in instances]
+        self._spare_watches: list[RunWatch] = []
 
     def __repr__(self) -> str:
         return f"<ServedModel {self.interface.name}/{self.interface.version} {self.queue!r}>"
@@ -104,15 +108,27 @@ class ServedModel:
 
     def _run_in_place(self, session: Runnable, batch: list[InferRequest]) -> None:
         try:
-            self._runner.run_and_send(session, batch)
+            watch = self._spare_watches.pop()
+        except IndexError:
+            watch = RunWatch(session)
+            self._watches.append(watch)
+        watch.batch = batch
+        try:
+            self._runner.run_and_send(watch.session, batch)
         finally:
+            watch.end()
+            self._spare_watches.append(watch)
             self.queue.give_back()
 
     def cancel(self, request: InferRequest) -> None:
-        """Take a request out of the queue, unless it runs or has ended."""
+        """Take a request out of the queue; a run ends early when this was the last request that waited for it."""
         if self.queue.cancel(request):
             total_ns = time.monotonic_ns() - request.call.received_ns
             self.statistics.record_failure(FailureReason.CANCELED, total_ns=total_ns)
+            return
+        for watch in self._watches:
+            if watch.leave(request):
+                return
 
     def drain(self) -> None:
         """Refuse new requests; what is queued is still run."""

@@ -12,6 +12,7 @@ How tensors pass through ONNX Runtime's Python interface:
   *representation* (`b'abc'`) without a word, so they are decoded here, and what is no UTF-8 is refused.
 """
 
+import copy
 import ctypes
 import math
 import os
@@ -26,7 +27,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-from sluice_server.errors import BackendError, InvalidArgument, Unimplemented
+from sluice_server.errors import BackendError, Cancelled, InvalidArgument, Unimplemented
 from sluice_server.execution import runtime
 from sluice_server.execution.options import OptionPlan, run_options, session_options
 from sluice_server.execution.providers import CPU, CUDA, TENSORRT, MissingProvider, ProviderChoice
@@ -99,6 +100,7 @@ class Session:
         "_input_count",
         "_keep",
         "_native",
+        "_plan",
         "_required",
         "_run_native",
         "_run_options",
@@ -128,6 +130,7 @@ class Session:
         # neither and is what every release since 1.22 has under this name.
         self._native = session._sess  # noqa: SLF001
         self._run_native = self._native.run
+        self._plan = options
         self._run_options = run_options(options)
         # With this option ONNX Runtime goes on reading from the caller's buffer.
         self._keep = model if options.session_entries.get("session.use_ort_model_bytes_directly") == "1" else None
@@ -145,12 +148,27 @@ class Session:
         on_device = any(provider in _DEVICE_PROVIDERS for provider in self.providers)
         self._bound = has_bfloat16 or (on_device and not self._text_inputs)
 
+    def stoppable(self) -> "Session":
+        """The same session with run options of its own, so that `stop` ends only what runs with them."""
+        view = copy.copy(self)
+        view._run_options = run_options(self._plan)  # noqa: SLF001 # it is a Session
+        return view
+
+    def stop(self) -> None:
+        """End the run that is under way, and all that follow until `resume`, with Cancelled; from any thread."""
+        self._run_options.terminate = True
+
+    def resume(self) -> None:
+        """Allow runs again."""
+        self._run_options.terminate = False
+
     def run(self, output_names: Sequence[str], feeds: dict[str, Array]) -> list[Array]:
         """Run the model and give the arrays of the outputs, in the order of their names.
 
         Feeds are arrays of the signature's types in native byte order, BYTES as object arrays of `bytes`; outputs
         likewise. Inputs are not changed and not kept. Raises BackendError with ONNX Runtime's code and text when the
-        run fails, NotText for a BYTES element that is not UTF-8, InvalidArgument for a required input left out.
+        run fails, Cancelled when it was stopped, NotText for a BYTES element that is not UTF-8, InvalidArgument for a
+        required input left out.
         """
         if len(feeds) < self._input_count:
             self._check_required(feeds)
@@ -163,6 +181,8 @@ class Session:
                 else self._run_native(output_names, feeds, self._run_options)
             )
         except _RUNTIME_ERRORS as error:
+            if self._run_options.terminate:
+                raise Cancelled("the run was ended, as nobody waited for it any more") from error
             raise backend_error(error) from error
         if self._text_outputs:
             outputs = [_encode(array) if array.dtype == object else array for array in outputs]
