@@ -17,6 +17,7 @@ import numpy as np
 
 from sluice_server.errors import BackendError, DeadlineExceeded, Internal, SluiceError
 from sluice_server.execution import shared_memory
+from sluice_server.execution.step import HandOver
 from sluice_server.observability.statistics import FailureReason
 from sluice_server.protocol.traced import TracedCall
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from sluice_batching import BatchQueue, Taken
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.statistics import ModelStatistics
+    from sluice_server.protocol.interface import ModelInterface
     from sluice_server.status import StatusMapper
     from sluice_server.transport.call import Call
 
@@ -69,6 +71,11 @@ class BatchRunner:
         self._to_status = to_status
         self._has_batch_dimension = has_batch_dimension
         self._clock = clock
+
+    def hand_over(self, interface: ModelInterface) -> None:
+        """Answer the steps of ensembles with arrays from now on; `interface` is the model's."""
+        if not isinstance(self._encode, HandOver):
+            self._encode = HandOver(self._encode, interface)
 
     def run(self, session: Runnable, batch: list[InferRequest], earlier: Answers) -> Answers:
         """Run a batch of requests with equal keys; give the answers that are left to send, the others have their error.

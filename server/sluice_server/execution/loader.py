@@ -14,6 +14,8 @@ from sluice_batching import BatchQueue, QueuePolicy
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
 from sluice_server.execution.cached import CachedModel, CachingRunner
+from sluice_server.execution.ensemble import EnsembleModel, Part
+from sluice_server.execution.gate import Gate
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
@@ -21,6 +23,7 @@ from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.session import Session
+from sluice_server.execution.step import ArraysCall, BytesCall
 from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.execution.warmup import warm_up
 from sluice_server.observability.latencies import Latencies
@@ -28,11 +31,12 @@ from sluice_server.observability.statistics import ModelStatistics
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
 from sluice_server.repository.autocomplete import complete, normalize
+from sluice_server.repository.ensembles import check_parts, graph_of, is_ensemble
 from sluice_server.repository.labels import read_labels
 from sluice_server.repository.validate import scalar_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
     from sluice_server.execution.response_cache import ResponseCache
+    from sluice_server.execution.served import Served
     from sluice_server.execution.threads import ThreadPlan
     from sluice_server.observability.latencies import LatencyOptions
     from sluice_server.repository.layout import ModelDirectory
@@ -170,8 +175,15 @@ class ModelLoader:
         self._host = Host.of_this_machine(environ)
         self._cache = cache
 
-    def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> ServedModel:
-        """Load one version and warm it up; it takes requests once it is started."""
+    def __call__(
+        self, directory: ModelDirectory, version: int, config: ModelConfig | None, parts: Sequence[Served] = ()
+    ) -> Served:
+        """Load one version and warm it up; it takes requests once it is started.
+
+        `parts` are what runs the steps of an ensemble, one for each.
+        """
+        if config is not None and is_ensemble(config):
+            return self._load_ensemble(directory, version, config, parts)
         prepared = prepare(directory, version, config, self._settings, self._host)
         completed = prepared.config
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
@@ -207,6 +219,36 @@ class ModelLoader:
             timer=self._timer,
             properties=_properties(prepared, len(instances)),
             common_session=prepared.groups[0].session if len(prepared.groups) == 1 else None,
+        )
+
+    def _load_ensemble(
+        self, directory: ModelDirectory, version: int, written: ModelConfig, parts: Sequence[Served]
+    ) -> EnsembleModel:
+        """Bind an ensemble to versions that are served; ModelLoadError when they do not fit."""
+        config = normalize(written, name=directory.name)
+        check_parts(config, [model.config for model in parts])
+        interface = ModelInterface.of(config, version, labels=read_labels(config, directory.path))
+        statistics = ModelStatistics(latencies=None if self._latencies is None else Latencies(self._latencies))
+        graph = graph_of(config)
+        places = config.ensemble_scheduling.max_inflight_requests
+        bound = [
+            Part(
+                model,
+                tuple(step.takes.items()),
+                dict(step.makes),
+                ArraysCall if model.answers_in_arrays() else BytesCall,
+                Gate(places, self._gate_policy(model)) if places else None,
+            )
+            for step, model in zip(graph.steps, parts, strict=True)
+        ]
+        encoder = Encoder(interface)
+        return EnsembleModel(config, interface, graph, bound, encoder, statistics, self._to_status, self._timer)
+
+    def _gate_policy(self, part: Served) -> QueuePolicy:
+        return QueuePolicy(
+            max_batch_rows=max(1, part.interface.max_batch_rows),
+            max_queue_rows=self._settings.queue_rows,
+            max_queue_bytes=self._settings.queue_bytes,
         )
 
     def _cache_for(self, config: ModelConfig, version: int) -> ResponseCache | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sluice_batching import Draining, QueueFull, RequestTooLarge
 from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SluiceError
+from sluice_server.execution.served import Served, Waiting
 from sluice_server.observability.statistics import FailureReason, Outcome
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from sluice_server.status import StatusMapper
 
 
-class ServedModel:
-    """A loaded version, ready to take requests from any thread. Made by `loader.load`, started once."""
+class ServedModel(Served):
+    """A loaded version of a model, ready to take requests from any thread. Made by `loader.load`, started once."""
 
     def __init__(
         self,
@@ -108,11 +109,22 @@ class ServedModel:
         finally:
             self.queue.give_back()
 
-    def cancel(self, request: InferRequest) -> None:
-        """Take a request out of the queue, unless it runs or has ended."""
-        if self.queue.cancel(request):
-            total_ns = time.monotonic_ns() - request.call.received_ns
-            self.statistics.record_failure(FailureReason.CANCELED, total_ns=total_ns)
+    def cancel(self, request: InferRequest) -> bool:
+        """Take a request out of the queue; False when it runs or has ended."""
+        if not self.queue.cancel(request):
+            return False
+        total_ns = time.monotonic_ns() - request.call.received_ns
+        self.statistics.record_failure(FailureReason.CANCELED, total_ns=total_ns)
+        return True
+
+    def answers_in_arrays(self) -> bool:
+        """Answer the steps of ensembles with arrays from now on."""
+        self._runner.hand_over(self.interface)
+        return True
+
+    def waiting(self) -> Waiting:
+        """What waits in the queue."""
+        return Waiting(len(self.queue), self.queue.rows, self.queue.size_bytes)
 
     def drain(self) -> None:
         """Refuse new requests; what is queued is still run."""
