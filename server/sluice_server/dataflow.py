@@ -103,7 +103,10 @@ class Graph:
         while left:
             ready = [number for number, others in left.items() if not others & left.keys()]
             if not ready:
-                raise GraphError(f"steps {', '.join(map(str, sorted(_circle(left))))} wait for each other")
+                circle = sorted(_circle(left))
+                if len(circle) == 1:
+                    raise GraphError(f"step {circle[0]} waits for itself")
+                raise GraphError(f"steps {', '.join(map(str, circle))} wait for each other")
             order += ready
             for number in ready:
                 del left[number]

@@ -36,10 +36,9 @@ def explain_ensemble(written: ModelConfig, completed: ModelConfig, parts: Sequen
     """Give the same for an ensemble; `parts` are the completed configurations of its steps' models, one for each."""
     graph = graph_of(completed)
     plan = graph.plan([item.name for item in completed.output])
-    rows = (
-        f"up to {completed.max_batch_size} rows go whole from step to step" if completed.max_batch_size else "no rows"
-    )
-    lines = [f"ensemble of {len(graph.steps)} step(s), {rows}; no instances of its own"]
+    most = completed.max_batch_size
+    rows = f"of up to {most} rows, which go whole from step to step" if most else "without a batch dimension"
+    lines = [f"ensemble of {len(graph.steps)} step(s) for requests {rows}; no instances of its own"]
     for number in graph.order:
         step, part = completed.ensemble_scheduling.step[number], parts[number]
         takes = ", ".join(f"{name} <- {tensor}" for name, tensor in sorted(step.input_map.items()))
