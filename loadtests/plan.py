@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
+from loadtests.models import PIPELINE
 from loadtests.peers import CACHED, CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, UNIQUE
 
 
@@ -36,6 +37,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "rest": _cases("identity", APART, NATIVE, REST),
     "cache": _cases("digits_cached", BUSY, NATIVE, CACHED, UNIQUE, CACHED_UNIQUE)
     + _cases("identity_cached", BASE, UNIQUE, CACHED_UNIQUE),
+    "ensemble": tuple(case for model in (*PIPELINE, "pipeline") for case in _cases(model, LONE, NATIVE)),
     MEMORY: (),
 }
 """Each part has everything in it that its goals compare."""
