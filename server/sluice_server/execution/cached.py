@@ -166,6 +166,7 @@ class CachedModel(ServedModel):
 
     def answers_in_arrays(self) -> bool:
         """No: the cache keeps bytes."""
+        self._runner.serve_steps(self.interface, arrays=False)
         return False
 
     def drain(self) -> None:

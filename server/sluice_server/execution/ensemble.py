@@ -30,14 +30,13 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sluice_server.dataflow import Progress
-from sluice_server.errors import InvalidArgument
+from sluice_server.execution.inlets import Tensor, conform, size_bytes
 from sluice_server.execution.instance import check_rows
 from sluice_server.execution.model_cache import read_shared
 from sluice_server.execution.request import InferRequest
 from sluice_server.execution.sending import drive, expire, leave, send, submit_lending
 from sluice_server.execution.served import Served, Waiting
 from sluice_server.execution.step import HandOver
-from sluice_server.graph import VARIABLE, format_shape
 from sluice_server.observability.statistics import FailureReason, Outcome
 from sluice_server.status import Code, Status
 
@@ -50,9 +49,10 @@ if TYPE_CHECKING:
     from sluice_proto.model_config_pb2 import ModelConfig
     from sluice_server.dataflow import Graph, Plan
     from sluice_server.execution.gate import Gate
+    from sluice_server.execution.inlets import Inlet
     from sluice_server.execution.step import StepCall
     from sluice_server.observability.statistics import ModelStatistics
-    from sluice_server.protocol.interface import ModelInterface, TensorInterface
+    from sluice_server.protocol.interface import ModelInterface
     from sluice_server.status import StatusMapper
 
 PLANS_MAX = 256
@@ -68,19 +68,12 @@ class Part(NamedTuple):
     """A step bound to the version that runs it."""
 
     model: Served
-    takes: tuple[tuple[str, str], ...]
-    """(the model's input, the tensor)."""
+    inlets: tuple[Inlet, ...]
+    """Its inputs that take a tensor."""
     makes: dict[str, str]
     """From the model's outputs to the tensors."""
     call: type[StepCall]
     gate: Gate | None
-
-
-class Tensor(NamedTuple):
-    """A tensor of one request; `rows` is its batch dimension, 0 for one that has none."""
-
-    array: np.ndarray
-    rows: int
 
 
 class EnsembleModel(Served):
@@ -207,7 +200,9 @@ class EnsembleModel(Served):
 
     def _output(self, name: str, tensor: Tensor) -> np.ndarray:
         interface = self.interface.outputs[name]
-        return _conform(tensor, interface, self.interface.max_batch_rows > 0, graph_side=True)
+        # The ensemble's own tensors are those behind a reshape.
+        dims = interface.dims if interface.graph_dims is None else interface.graph_dims
+        return conform(tensor, dims, batches=self.interface.max_batch_rows > 0)
 
     def _record(self, run: EnsembleRun, encode_ns: int) -> None:
         """Count an answered request: one execution of its rows, with the compute times of its steps summed up."""
@@ -315,19 +310,18 @@ class EnsembleRun:
         """A step is done; those that waited for it alone begin."""
         part = self._model.bound[call.number]
         rows = request.rows if part.model.interface.max_batch_rows else 0
+        ready: list[int] = []
+        is_last = False
         with self._lock:
             self._calls.discard(call)
-            if self._is_over:
-                ready = None
-            else:
+            if not self._is_over:
                 for name, array in zip(request.output_names, arrays, strict=True):
                     self._tensors[part.makes[name]] = Tensor(array, rows)
                 self._add_times(call)
                 ready = self._progress.done(call.number)
                 is_last = self._progress.is_over
-        leave(call)
-        if ready is None:
-            return
+        if call.has_place:
+            leave(call)
         try:
             if is_last:
                 self._finish()
@@ -413,76 +407,29 @@ class EnsembleRun:
         return calls
 
     def _call_of(self, number: int) -> StepCall:
-        part, request = self._model.bound[number], self.request
+        part, request, tensors = self._model.bound[number], self.request, self._tensors
         interface = part.model.interface
         arrays: dict[str, np.ndarray] = {}
-        rows = 1
-        for name, tensor_name in part.takes:
-            tensor = self._tensors.get(tensor_name)
+        held_bytes = rows = 0
+        for inlet in part.inlets:
+            tensor = tensors.get(inlet.tensor)
             if tensor is None:  # an optional input that the request has left out
                 continue
-            array = _conform(tensor, interface.inputs[name], interface.max_batch_rows > 0, graph_side=False)
-            _check_dims(interface, name, array.shape)
+            arrays[inlet.name] = array = inlet.fit(tensor)
+            held_bytes += size_bytes(array, is_text=inlet.is_text)
             if interface.max_batch_rows:
-                rows = _checked_rows(interface, name, array, rows if arrays else None)
-            if interface.inputs[name].graph_dims is not None:
-                array = array.reshape(interface.inputs[name].to_graph(array.shape, interface.batch_dims))
-            arrays[name] = array
+                inlet.check_rows(len(array), rows)
+                rows = len(array)
         output_names = self._plan.outputs[number]
         key: Hashable = (STEP, output_names)
         if interface.variable:
             first = interface.batch_dims
-            key = (STEP, output_names, *((name, array.shape[first:]) for name, array in sorted(arrays.items())))
+            key = (STEP, output_names, *((name, array.shape[first:]) for name, array in arrays.items()))
         call = part.call(self, number, request.deadline_ns, part.gate)
-        step = InferRequest(call, request.id, arrays, output_names, rows, key, request.deadline_ns)
-        step.size_bytes = sum(map(_size_bytes, arrays.values()))
+        call.pending = step = InferRequest(call, request.id, arrays, output_names, rows or 1, key, request.deadline_ns)
+        step.size_bytes = held_bytes
         step.model = part.model
-        call.pending = step
         return call
-
-
-def _size_bytes(array: np.ndarray) -> int:
-    """What an array holds in memory; of one of BYTES, its elements."""
-    return sum(map(len, array.ravel().tolist())) if array.dtype == object else array.nbytes
-
-
-def _conform(tensor: Tensor, wanted: TensorInterface, batches: bool, *, graph_side: bool) -> np.ndarray:
-    """A tensor between who has a batch dimension and who has not: as it is, or with a dimension of 1 put on or off.
-
-    `graph_side` looks at the dims behind a reshape, which those of an ensemble's own tensors are.
-    """
-    array = tensor.array
-    if batches == (tensor.rows > 0):
-        return array
-    dims = wanted.graph_dims if graph_side and wanted.graph_dims is not None else wanted.dims
-    fits = len(dims) == array.ndim and all(dim in (VARIABLE, size) for dim, size in zip(dims, array.shape, strict=True))
-    if batches:
-        return array[None] if fits else array
-    return array[0] if not fits and tensor.rows == 1 else array
-
-
-def _check_dims(interface: ModelInterface, name: str, shape: tuple[int, ...]) -> None:
-    wanted = interface.inputs[name]
-    if len(shape) < interface.batch_dims or not wanted.accepts(shape[interface.batch_dims :]):
-        expected = (VARIABLE,) * interface.batch_dims + wanted.dims
-        raise InvalidArgument(
-            f"unexpected shape for input '{name}' for model '{interface.name}'. Expected {format_shape(expected)}, got"
-            f" {format_shape(shape)}"
-        )
-
-
-def _checked_rows(interface: ModelInterface, name: str, array: np.ndarray, others: int | None) -> int:
-    rows = len(array)
-    if others is not None and rows != others:
-        raise InvalidArgument(
-            f"input '{name}' batch size does not match other inputs for '{interface.name}': {rows} and {others}"
-        )
-    if not 1 <= rows <= interface.max_batch_rows:
-        raise InvalidArgument(
-            f"inference request batch-size must be <= {interface.max_batch_rows} and >= 1 for '{interface.name}', got"
-            f" {rows} of input '{name}'"
-        )
-    return rows
 
 
 def _name_of(model: Served) -> str:

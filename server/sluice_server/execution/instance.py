@@ -8,6 +8,7 @@ as there are requests.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
@@ -17,6 +18,7 @@ import numpy as np
 
 from sluice_server.errors import BackendError, DeadlineExceeded, Internal, SluiceError
 from sluice_server.execution import shared_memory
+from sluice_server.execution.sending import collected
 from sluice_server.execution.step import HandOver
 from sluice_server.observability.statistics import FailureReason
 from sluice_server.protocol.traced import TracedCall
@@ -71,10 +73,18 @@ class BatchRunner:
         self._to_status = to_status
         self._has_batch_dimension = has_batch_dimension
         self._clock = clock
+        self._serves_steps = False
 
-    def hand_over(self, interface: ModelInterface) -> None:
-        """Answer the steps of ensembles with arrays from now on; `interface` is the model's."""
-        if not isinstance(self._encode, HandOver):
+    def serve_steps(self, interface: ModelInterface, *, arrays: bool) -> None:
+        """Answer the steps of ensembles too from now on, with `arrays` where it is no use to encode the outputs.
+
+        What a batch of them makes ready goes on as a batch. `interface` is the model's.
+        """
+        if self._serves_steps:
+            return
+        self._serves_steps = True
+        self.send = functools.partial(collected, self.send)  # type: ignore[method-assign] # only a part pays for it
+        if arrays:
             self._encode = HandOver(self._encode, interface)
 
     def run(self, session: Runnable, batch: list[InferRequest], earlier: Answers) -> Answers:

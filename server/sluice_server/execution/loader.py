@@ -16,6 +16,7 @@ from sluice_server.execution import runtime
 from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.ensemble import EnsembleModel, Part
 from sluice_server.execution.gate import Gate
+from sluice_server.execution.inlets import Inlet
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
@@ -234,7 +235,7 @@ class ModelLoader:
         bound = [
             Part(
                 model,
-                tuple(step.takes.items()),
+                tuple(Inlet(model.interface, name, tensor) for name, tensor in step.takes.items()),
                 dict(step.makes),
                 ArraysCall if model.answers_in_arrays() else BytesCall,
                 Gate(places, self._gate_policy(model)) if places else None,

@@ -119,7 +119,7 @@ class ServedModel(Served):
 
     def answers_in_arrays(self) -> bool:
         """Answer the steps of ensembles with arrays from now on."""
-        self._runner.hand_over(self.interface)
+        self._runner.serve_steps(self.interface, arrays=True)
         return True
 
     def waiting(self) -> Waiting:

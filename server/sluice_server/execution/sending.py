@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from sluice_batching import DeadlineExpired, QueueFull
 from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SluiceError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable
 
     from sluice_batching import BatchingError
     from sluice_server.execution.request import InferRequest
     from sluice_server.execution.served import Served
     from sluice_server.execution.step import StepCall
+
+T = TypeVar("T")
 
 Work: TypeAlias = "Callable[[], None]"
 """A batch to be run on this thread, in place of an instance that is idle."""
@@ -35,7 +37,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def send(calls: Sequence[StepCall]) -> None:
+def send(calls: Collection[StepCall]) -> None:
     """Submit steps that are ready; each is answered later, or here."""
     if not calls:
         return
@@ -49,6 +51,20 @@ def send(calls: Sequence[StepCall]) -> None:
                 _submit(model, requests)
     finally:
         _thread.outgoing = None
+
+
+def collected(answer: Callable[[T], None], answers: T) -> None:
+    """Answer calls, and send what they make ready when all are answered: as lists, and not one by one."""
+    if _thread.outgoing is not None:
+        answer(answers)
+        return
+    outgoing: deque[StepCall] = deque()
+    _thread.outgoing = outgoing
+    try:
+        answer(answers)
+    finally:
+        _thread.outgoing = None
+        send(outgoing)
 
 
 def submit_lending(call: StepCall) -> Work | None:

@@ -342,7 +342,9 @@ class ModelManager:
 
         parts = {name: self._parts_on_disk(name) for name in names}
         with self._lock:
-            self._dependencies.parts |= {name: found for name, found in parts.items() if found}
+            # What is served has those that it was loaded with.
+            new = {name: found for name, found in parts.items() if found}
+            self._dependencies.parts = new | self._dependencies.parts
         models = sorted(name for name in names if not parts[name])
         with ThreadPoolExecutor(self._load_threads, thread_name_prefix="load") as pool:
             failed = [name for name, ok in zip(models, pool.map(load, models), strict=True) if not ok]
@@ -369,7 +371,10 @@ class ModelManager:
     def _load_along(self, parts: Iterable[str], asked_for: Collection[str]) -> list[str]:
         """Load parts of ensembles, and theirs, apart from what is asked for by its name; the names that failed."""
         failed = []
+        known = self._repositories.scan()
         for name in load_order(parts, self._parts_on_disk):
+            if name not in known:  # the ensemble says so
+                continue
             with self._lock:
                 entry = self._entries.get(name)
                 is_new = entry is None or not entry.served()

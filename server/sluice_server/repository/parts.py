@@ -24,7 +24,7 @@ class PartState(Generic[M]):
     """What is served of one model, by its versions; where that is nothing, why, and whether that is wanted."""
 
     served: Mapping[int, M]
-    reason: str = "it was not loaded"
+    reason: str = "it was not loaded, or is in no model repository"
     is_wanted: bool = False
 
     def choose(self, ensemble: str, part: str, version: int | None) -> M:
