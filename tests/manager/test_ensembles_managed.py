@@ -189,6 +189,27 @@ def test_no_ensemble_is_a_part_of_itself(world):
     assert world.index("G") == READY
 
 
+def test_a_part_that_changes_while_its_ensemble_is_loaded_is_followed_afterwards(world):
+    write(world.root, "a")
+    write_chain(world.root, "E", "a")
+    world.manager.load("a")
+    old = world.served("a")
+    gate = world.loader.held["E"] = threading.Event()
+    loads = [threading.Thread(target=world.manager.load, args=("E",))]
+    loads[0].start()
+    eventually(lambda: ("E", 1) in world.loader.loads, "E is bound to the first a")
+    (world.root / "a" / "1" / "model.onnx").write_bytes(b"newer")
+    loads.append(threading.Thread(target=world.manager.load, args=("a",)))
+    loads[1].start()
+    eventually(lambda: world.served("a") is not old, "the second a is served")
+    assert not old.draining
+    gate.set()
+    for load in loads:
+        load.join(PATIENCE_S)
+    assert world.served("E").parts == (world.served("a"),)
+    eventually(lambda: old.draining, "nobody needs the first one any more")
+
+
 def test_unload_dependents_unloads_the_parts_that_came_along(world):
     for name in ("a", "b", "c", "d"):
         write(world.root, name)

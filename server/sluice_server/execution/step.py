@@ -78,8 +78,9 @@ class StepCall(Call):
 
     def describe(self, **facts: Any) -> None:
         """Keep what is told of the run: when it began, and its three compute times."""
-        self.started_ns = facts["started_ns"]
-        self.compute_ns = (facts["compute_input_ns"], facts["compute_infer_ns"], facts["compute_output_ns"])
+        if "started_ns" in facts:
+            self.started_ns = facts["started_ns"]
+            self.compute_ns = (facts["compute_input_ns"], facts["compute_infer_ns"], facts["compute_output_ns"])
 
     @abstractmethod
     def arrays_of(self, parts: Sequence[Buffer]) -> Sequence[np.ndarray]:

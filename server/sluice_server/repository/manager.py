@@ -548,6 +548,9 @@ class ModelManager:
         except SluiceError:
             if not replacing:  # it comes when its parts do
                 self._remember(name, entry, directory, config, fingerprint)
+            elif entry.recipe is not None:  # what it was loaded from goes on
+                with self._lock:
+                    self._dependencies.parts[name] = part_names(entry.recipe.config)
             raise
         self._remember(name, entry, directory, config, fingerprint)
         entry.fingerprint = fingerprint
@@ -687,8 +690,12 @@ class ModelManager:
         if config is None or not is_ensemble(config):
             return ()
         config = normalize(config, name=name)
+        names = part_names(config)
         with self._lock:
-            self._dependencies.check_cycle(name, part_names(config))
+            self._dependencies.check_cycle(name, names)
+            # From now on a change of these is followed too: it comes behind this load, and is done with then.
+            known = self._dependencies.parts.get(name, ())
+            self._dependencies.parts[name] = tuple(dict.fromkeys((*known, *names)))
             parts = []
             for step in config.ensemble_scheduling.step:
                 entry = self._entries.get(step.model_name)
