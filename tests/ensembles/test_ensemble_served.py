@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import grpc
@@ -12,6 +13,8 @@ from tritonclient.utils import InferenceServerException
 
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.observability.statistics import FailureReason, Outcome
+from sluice_server.observability.trace_control import TraceConfig
+from sluice_server.observability.trace_sampling import TraceOptions
 from support import models
 from support.conversation import Conversation
 from support.fakes import eventually, held
@@ -467,3 +470,36 @@ def test_many_requests_at_once_are_merged_in_the_parts_and_each_gets_its_own(sta
     text = server.server.render_metrics().decode()
     assert 'nv_inference_count{model="diamond",version="1"} 64' in text
     assert 'nv_inference_request_success{model="diamond",version="1"} 64' in text
+
+
+def test_a_part_serves_its_own_clients_next_to_the_ensemble(start_server, repository):
+    write_lookup(repository)
+    server = start_server(repository)
+    table = server.model("table")
+    with held(table) as session:
+        first = server.begin("ModelInfer", lookup(0))
+        session.wait_for_runs(1)
+        steps = [server.begin("ModelInfer", lookup(index)) for index in (1, 2, 3)]
+        own = [server.begin("ModelInfer", lookup(index, "table")) for index in (1, 2, 3)]
+        eventually(lambda: len(table.queue) == 6, "all wait for the same model")
+        session.release()
+        assert [value_of(call.result()) for call in steps] == [20, 40, 60]
+        assert [value_of(call.result()) for call in own] == [10, 20, 30]
+        first.result()
+    assert statistics(server, "table").inference_count == 7
+
+
+def test_a_traced_request_has_the_times_of_the_ensemble(start_server, repository, tmp_path):
+    write_lookup(repository)
+    file = tmp_path / "trace.json"
+    server = start_server(
+        repository, trace=TraceConfig(file=file, options=TraceOptions(levels=("TIMESTAMPS",), rate=1))
+    )
+    assert value_of(server.infer(lookup(3))) == 60
+    assert server.refusal("ModelInfer", lookup(77))[0] is grpc.StatusCode.INTERNAL
+    server.server._traces.close()
+    told = json.loads(file.read_text())
+    assert {entry["model_name"] for entry in told if "model_name" in entry} == {"lookup"}
+    names = [stamp["name"] for entry in told for stamp in entry.get("timestamps", ())]
+    assert names.count("REQUEST_START") == names.count("REQUEST_END") == 2
+    assert names.count("QUEUE_START") == names.count("COMPUTE_START") == 1
