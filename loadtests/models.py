@@ -5,7 +5,7 @@ All of them run in one instance with one intra-op thread, so that the bare loop 
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,8 @@ IR_VERSION = 8
 SEED = 0
 THREADS = 1
 LARGE_LAYERS = (1024, 4096, 4096, 1000)
+PIPELINE = {"pipeline_a": (64, 128, 96), "pipeline_b": (96, 128, 64), "pipeline_c": (64, 128, 10)}
+"""The parts of an ensemble by their layers: small, as what an ensemble costs by itself shows next to small models."""
 IMAGE = (3, 224, 224)
 LENGTHS = (5, 128)
 LENGTH_REQUESTS = 128
@@ -76,7 +78,9 @@ class BenchModel:
 
 
 def generate(name: str, repository: Path) -> BenchModel:
-    """Write one of `GENERATORS` into the repository."""
+    """Write one of `GENERATORS` into the repository, in place of one that is there."""
+    if (repository / name).exists():
+        shutil.rmtree(repository / name)
     return GENERATORS[name](repository / name)
 
 
@@ -123,28 +127,59 @@ def _cached(make: Callable[[Path], BenchModel]) -> Callable[[Path], BenchModel]:
 
 def _large_mlp(directory: Path) -> BenchModel:
     """A dense network whose weights, 100 MB, are read once for each batch: where batching pays."""
+    return _mlp(directory, LARGE_LAYERS)
+
+
+def _mlp(directory: Path, layers: Sequence[int]) -> BenchModel:
+    """A dense network of random weights."""
     max_batch_rows = 64
     random = np.random.default_rng(SEED)
     nodes, weights, tensor = [], [], "X"
-    for number, (rows, columns) in enumerate(pairwise(LARGE_LAYERS), 1):
+    for number, (rows, columns) in enumerate(pairwise(layers), 1):
         # Scaled by He et al. 2015 (Delving Deep into Rectifiers), so that values neither vanish nor grow.
         matrix = random.standard_normal((rows, columns), np.float32) * np.float32((2 / rows) ** 0.5)
         weights += [
             numpy_helper.from_array(matrix, f"weights{number}"),
             numpy_helper.from_array(np.zeros(columns, np.float32), f"bias{number}"),
         ]
-        is_last = number == len(LARGE_LAYERS) - 1
+        is_last = number == len(layers) - 1
         output = "Y" if is_last else f"sum{number}"
         nodes.append(helper.make_node("Gemm", [tensor, f"weights{number}", f"bias{number}"], [output]))
         if not is_last:
             tensor = f"layer{number}"
             nodes.append(helper.make_node("Relu", [output], [tensor]))
-    graph = helper.make_graph(
-        nodes, "large_mlp", [_tensor("X", LARGE_LAYERS[0])], [_tensor("Y", LARGE_LAYERS[-1])], weights
-    )
+    graph = helper.make_graph(nodes, "mlp", [_tensor("X", layers[0])], [_tensor("Y", layers[-1])], weights)
     _write(directory, graph, max_batch_rows)
-    title = "MLP " + "-".join(map(str, LARGE_LAYERS))
-    return _bench_model(directory, title, max_batch_rows, _random_rows(LARGE_LAYERS[0]))
+    title = "MLP " + "-".join(map(str, layers))
+    return _bench_model(directory, title, max_batch_rows, _random_rows(layers[0]))
+
+
+def _part(layers: Sequence[int]) -> Callable[[Path], BenchModel]:
+    return lambda directory: _mlp(directory, layers)
+
+
+def _pipeline(directory: Path) -> BenchModel:
+    """An ensemble of the models of PIPELINE, one after the other, which are in the same repository."""
+    parts = [generate(name, directory.parent) for name in PIPELINE]
+    first_size = next(iter(PIPELINE.values()))[0]
+    request, answer = parts[0].request, _random_rows(first_size)
+    for part in parts:
+        answer = open_session(part.file, THREADS).run(None, {"X": answer})[0]
+    tensors = ["X", *(f"between{number}" for number in range(1, len(parts))), "Y"]
+    steps = "".join(
+        f'step {{ model_name: "{part.name}" model_version: -1 input_map {{ key: "X" value: "{taken}" }}'
+        f' output_map {{ key: "Y" value: "{made}" }} }}\n'
+        for part, (taken, made) in zip(parts, pairwise(tensors), strict=True)
+    )
+    text = f'platform: "ensemble"\nmax_batch_size: {parts[0].max_batch_rows}\n'
+    for kind, name, size in (("input", "X", first_size), ("output", "Y", answer.shape[1])):
+        text += f'{kind} {{ name: "{name}" data_type: TYPE_FP32 dims: {size} }}\n'
+    (directory / "1").mkdir(parents=True)
+    (directory / "config.pbtxt").write_text(f"{text}ensemble_scheduling {{\n{steps}}}\n")
+    message = ModelInferRequest.FromString(request)
+    message.model_name = directory.name
+    title = f"ensemble of {len(parts)} MLPs"
+    return BenchModel(directory.name, title, directory, parts[0].max_batch_rows, message.SerializeToString(), answer)
 
 
 def _lengths(directory: Path) -> BenchModel:
@@ -226,6 +261,8 @@ GENERATORS: dict[str, Callable[[Path], BenchModel]] = {
     "identity_cached": _cached(_identity),
     "lengths": _lengths,
     "lengths_bucketed": _bucketed(_lengths),
+    **{name: _part(layers) for name, layers in PIPELINE.items()},
+    "pipeline": _pipeline,
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
+from loadtests.models import PIPELINE
 from loadtests.peers import CACHED, CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE
 
 
@@ -38,6 +39,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "lengths": _cases("lengths", MIXED, NATIVE) + _cases("lengths_bucketed", MIXED, NATIVE),
     "cache": _cases("digits_cached", BUSY, NATIVE, CACHED, UNIQUE, CACHED_UNIQUE)
     + _cases("identity_cached", BASE, UNIQUE, CACHED_UNIQUE),
+    "ensemble": tuple(case for model in (*PIPELINE, "pipeline") for case in _cases(model, LONE, NATIVE)),
     MEMORY: (),
 }
 """Each part has everything in it that its goals compare."""

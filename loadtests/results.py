@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
+from loadtests.models import PIPELINE
 from loadtests.peers import CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE, Sample
 from loadtests.plan import APART, BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE, MIXED
 from loadtests.summary import Summary, summarize
@@ -73,7 +74,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A goal before it is measured: one row's value, over another row's where there is one."""
+    """A goal before it is measured: one row's value, over another row's where there is one, or over a sum of rows."""
 
     text: str
     value: Callable[[Sample], float]
@@ -81,15 +82,20 @@ class Target:
     over: Key | None
     limit: float
     at_least: bool
+    plus: tuple[Key, ...] = ()
+    """The other rows of the sum that it is held against."""
 
     def goal(self, rows: Sequence[Row]) -> Goal | None:
         """None when its rows were not measured. Ratios are taken round by round: rounds share the machine's moods."""
-        row, over = self.row.find(rows), self.over.find(rows) if self.over else None
-        if row is None or (self.over and over is None):
+        row = self.row.find(rows)
+        under = [key.find(rows) for key in (self.over, *self.plus) if key is not None]
+        if row is None or None in under:
             return None
         values = [self.value(sample) for sample in row.samples]
-        if over is not None:
-            values = [value / self.value(under) for value, under in zip(values, over.samples, strict=True)]
+        if under:
+            rounds = zip(*(other.samples for other in under if other is not None), strict=True)
+            sums = [sum(map(self.value, samples)) for samples in rounds]
+            values = [value / whole for value, whole in zip(values, sums, strict=True)]
         return Goal(self.text, summarize(values), self.limit, self.at_least)
 
 
@@ -113,6 +119,7 @@ def _batch(sample: Sample) -> float:
     return sample.mean_batch_rows
 
 
+_PARTS = tuple(Key(name, NATIVE, LONE) for name in PIPELINE)
 _IDENTITY, _LOOP = Key("identity", NATIVE, BASE), Key("large_mlp", LOOP)
 
 TARGETS = (
@@ -144,6 +151,12 @@ TARGETS = (
            Key("lengths_bucketed", NATIVE, MIXED), Key("lengths", NATIVE, MIXED), 1.5, at_least=True),
     Target("lengths 5 to 128, 4 x 16: p99, with shape buckets over without", _p99,
            Key("lengths_bucketed", NATIVE, MIXED), Key("lengths", NATIVE, MIXED), 1, at_least=False),
+    # Three requests through the whole server, one for each part, cost three times what one costs beside the models: an
+    # ensemble that hands tensors over cheaply is far below their sum.
+    Target("ensemble of 3 MLPs, one at a time: p50, over the sum of its parts", _p50,
+           Key("pipeline", NATIVE, LONE), _PARTS[0], 1.15, at_least=False, plus=_PARTS[1:]),
+    Target("ensemble of 3 MLPs, one at a time: CPU per request, over the sum of its parts", _cpu,
+           Key("pipeline", NATIVE, LONE), _PARTS[0], 1.15, at_least=False, plus=_PARTS[1:]),
     # 0.90 leaves the rest for transport, queue, gather and scatter on the other core.
     Target("large MLP, 4 x 16: rows/s, native over the bare loop", _rate,
            Key("large_mlp", NATIVE, LARGE), _LOOP, 0.90, at_least=True),

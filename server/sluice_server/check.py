@@ -8,15 +8,20 @@ from sluice_server.errors import SluiceError
 from sluice_server.execution import runtime
 from sluice_server.execution.loader import Host, PreparedModel, prepare
 from sluice_server.execution.options import describe
+from sluice_server.repository.autocomplete import normalize
 from sluice_server.repository.config import read_config
-from sluice_server.repository.describe import explain
+from sluice_server.repository.describe import explain, explain_ensemble
+from sluice_server.repository.ensembles import check_parts, is_ensemble, version_of
+from sluice_server.repository.errors import ModelLoadError
 from sluice_server.repository.layout import Repositories
+from sluice_server.repository.parts import PartState
 from sluice_server.repository.versions import select
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sluice_proto.model_config_pb2 import ModelConfig
+    from sluice_server.repository.layout import ModelDirectory
     from sluice_server.settings import ModelSettings
 
 
@@ -41,9 +46,7 @@ _BROKEN = "  BROKEN: "
 def _check_model(repositories: Repositories, name: str, settings: ModelSettings, host: Host) -> Iterator[str]:
     yield f"\n{name}"
     try:
-        directory = repositories.find(name)
-        written = None if directory.config_path is None else read_config(directory.config_path)
-        versions = select(None if written is None else written.version_policy, directory.versions)
+        directory, written, versions = _read(repositories, name)
     except SluiceError as error:
         yield f"{_BROKEN}{error}"
         return
@@ -52,11 +55,55 @@ def _check_model(repositories: Repositories, name: str, settings: ModelSettings,
     for version in versions:
         yield f"  version {version}"
         try:
+            if written is not None and is_ensemble(written):
+                lines = _decisions_of_ensemble(repositories, name, written, settings, host)
+                yield from (f"    {line}" for line in lines)
+                continue
             prepared = prepare(directory, version, written, settings, host)
         except SluiceError as error:
             yield f"{_BROKEN}{error}"
             continue
         yield from (f"    {line}" for line in _decisions(written, prepared))
+
+
+def _read(repositories: Repositories, name: str) -> tuple[ModelDirectory, ModelConfig | None, tuple[int, ...]]:
+    """A model's directory, its configuration as written, and the versions to load."""
+    directory = repositories.find(name)
+    written = None if directory.config_path is None else read_config(directory.config_path)
+    return directory, written, select(None if written is None else written.version_policy, directory.versions)
+
+
+def _decisions_of_ensemble(
+    repositories: Repositories, name: str, written: ModelConfig, settings: ModelSettings, host: Host
+) -> list[str]:
+    completed = normalize(written, name=name)
+    parts = _complete_parts(repositories, completed, settings, host, (name,))
+    return explain_ensemble(written, completed, parts)
+
+
+def _complete_parts(
+    repositories: Repositories, ensemble: ModelConfig, settings: ModelSettings, host: Host, path: tuple[str, ...]
+) -> list[ModelConfig]:
+    """The completed configurations of an ensemble's steps' models, checked; `path` are the ensembles around them."""
+    found: dict[tuple[str, int | None], ModelConfig] = {}
+    for step in ensemble.ensemble_scheduling.step:
+        part, number = step.model_name, version_of(step)
+        if (part, number) in found:
+            continue
+        if part in path:
+            circle = " -> ".join((*path[path.index(part) :], part))
+            raise ModelLoadError(f"ensemble '{part}' contains itself: {circle}", model=part)
+        directory, written, versions = _read(repositories, part)
+        version = PartState({each: each for each in versions}, "it has none").choose(ensemble.name, part, number)
+        if written is not None and is_ensemble(written):
+            config = normalize(written, name=part)
+            _complete_parts(repositories, config, settings, host, (*path, part))
+        else:
+            config = prepare(directory, version, written, settings, host).config
+        found[part, number] = config
+    parts = [found[step.model_name, version_of(step)] for step in ensemble.ensemble_scheduling.step]
+    check_parts(ensemble, parts)
+    return parts
 
 
 def _decisions(written: ModelConfig | None, prepared: PreparedModel) -> Iterator[str]:

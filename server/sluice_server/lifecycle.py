@@ -277,12 +277,13 @@ class Server:
                 name=model.interface.name,
                 version=model.interface.version,
                 snapshot=model.statistics.snapshot(),
-                pending_requests=len(model.queue),
-                queue_rows=model.queue.rows,
-                queue_bytes=model.queue.size_bytes,
+                pending_requests=waiting.requests,
+                queue_rows=waiting.rows,
+                queue_bytes=waiting.size_bytes,
                 latencies=model.statistics.latencies.snapshot() if model.statistics.latencies else LatencySnapshot(),
             )
             for model in self.manager.served()
+            for waiting in (model.waiting(),)
         ]
         host = self._host.read()
         usage = None if self._cache is None else self._cache.usage()

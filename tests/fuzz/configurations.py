@@ -29,7 +29,8 @@ from sluice_server.protocol.interface import ModelInterface
 from sluice_server.protocol.rpcs import ServerIdentity, path_of, rpc_table
 from sluice_server.repository.autocomplete import complete, normalize
 from sluice_server.repository.config import parse_json, read_config
-from sluice_server.repository.describe import explain
+from sluice_server.repository.describe import explain, explain_ensemble
+from sluice_server.repository.ensembles import is_ensemble
 from sluice_server.repository.errors import ConfigError
 from sluice_server.repository.labels import read_labels
 from sluice_server.repository.validate import scalar_tensors
@@ -40,7 +41,7 @@ from support.any_messages import any_message
 from support.fakes import RecordingCall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from sluice_server.repository.layout import ModelDirectory
 
@@ -62,6 +63,11 @@ PROVIDERS = ("CPUExecutionProvider",)
 def plan(written: ModelConfig | None, signature: GraphSignature, directory: Path, name: str = NAME) -> ModelConfig:
     """All that loading decides of a configuration without ONNX Runtime; an error is one of the tree."""
     config = normalize(written, name=name)
+    if is_ensemble(config):
+        ModelInterface.of(config, 1, labels=read_labels(config, directory))
+        assert all(explain_ensemble(config, config, [ModelConfig()] * len(config.ensemble_scheduling.step)))
+        assert normalize(config, name=name) == config
+        return config
     for device, count, kind, group in _placements(config):
         providers = choose_providers(config, kind, max(device, 0), PROVIDERS, 0, group=group)
         threads = plan_threads(count, parameter_values(config), CPUS, model=name, on_gpu=providers.on_gpu)
@@ -151,7 +157,12 @@ CONFIGS = (
     model_warmup { name: "w" batch_size: 1 } sequence_batching { direct { } } response_cache { enable: true }
     """,
     'version_policy { all { } } default_model_filename: "other.onnx" metric_tags { key: "a" value: "b" }',
-    'platform: "ensemble" ensemble_scheduling { step { model_name: "a" model_version: -1 } }',
+    """
+    platform: "ensemble" max_batch_size: 4 input { name: "X" data_type: TYPE_FP32 dims: 6 }
+    output { name: "Y" data_type: TYPE_FP32 dims: 6 } ensemble_scheduling { max_inflight_requests: 3
+      step { model_name: "a" model_version: -1 input_map { key: "X" value: "X" } output_map { key: "Y" value: "B" } }
+      step { model_name: "b" input_map { key: "X" value: "B" } output_map { key: "Y" value: "Y" } } }
+    """,
 )
 
 
@@ -218,14 +229,17 @@ def open_jsons(directory: Path) -> Iterator[Jsons]:
 class PlanningLoader(FakeLoader):
     """Loads everything but the model itself: the configuration is planned against a signature."""
 
-    def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> Any:
+    def __call__(
+        self, directory: ModelDirectory, version: int, config: ModelConfig | None, parts: Iterable[Any]
+    ) -> Any:
         """A model that has nothing to run, or an error."""
         completed = plan(config, SIGNATURES[0], directory.path, directory.name)
-        directory.model_file(version, completed.default_model_filename)
+        if not is_ensemble(completed):
+            directory.model_file(version, completed.default_model_filename)
         self.loads.clear()
         self.models.clear()
         self.files.clear()
-        return super().__call__(directory, version, completed)
+        return super().__call__(directory, version, completed, parts)
 
 
 class Loads:

@@ -24,10 +24,9 @@ def sample(requests_per_s: float = 1.0, cpu_us: float = 1.0, mean_batch_rows: fl
 
 def with_value(target: Target, of_row: float) -> list[Row]:
     """The rows of a target, whose value comes out as this; samples have the same number in all of their fields."""
-    rows = [row(target.row.model, target.row.who, target.row.load, Sample(*[of_row] * 6))]
-    if target.over:
-        rows.append(row(target.over.model, target.over.who, target.over.load, Sample(*[1.0] * 6)))
-    return rows
+    under = [key for key in (target.over, *target.plus) if key]
+    rows = [row(target.row.model, target.row.who, target.row.load, Sample(*[of_row * max(1, len(under))] * 6))]
+    return rows + [row(key.model, key.who, key.load, Sample(*[1.0] * 6)) for key in under]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.text)
@@ -47,7 +46,7 @@ def test_a_goal_whose_rows_were_not_all_measured_is_left_out(target: Target) -> 
 
 def test_every_goal_has_its_rows_in_one_of_the_parts() -> None:
     for target in TARGETS:
-        for key in filter(None, (target.row, target.over)):
+        for key in filter(None, (target.row, target.over, *target.plus)):
             assert any(
                 (case.model, case.who) == (key.model, key.who) and key.load in (None, case.load)
                 for cases in PARTS.values()

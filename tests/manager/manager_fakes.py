@@ -27,7 +27,8 @@ class FakeInterface:
 class FakeModel:
     """What the manager needs of a served model. It has nothing to finish, unless `busy` is cleared by the test."""
 
-    def __init__(self, name: str, version: int, config: ModelConfig | None) -> None:
+    def __init__(self, name: str, version: int, config: ModelConfig | None, parts: Iterable[Any] = ()) -> None:
+        self.parts = tuple(dict.fromkeys(parts))
         self.interface = FakeInterface(name, str(version))
         self.config = config
         self.properties: dict[str, str] = {}
@@ -61,7 +62,9 @@ class FakeLoader:
     models: list[FakeModel] = field(default_factory=list)
     began: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> Any:
+    def __call__(
+        self, directory: ModelDirectory, version: int, config: ModelConfig | None, parts: Iterable[Any]
+    ) -> Any:
         name = directory.name
         self.loads.append((name, version))
         self.files[name] = sorted(str(path.relative_to(directory.path)) for path in directory.path.rglob("*"))
@@ -71,7 +74,7 @@ class FakeLoader:
         for key in (name, f"{name}/{version}"):
             if key in self.errors:
                 raise self.errors[key]
-        model = FakeModel(name, version, config)
+        model = FakeModel(name, version, config, parts)
         model.start_error = self.start_errors.get(name)
         self.models.append(model)
         return model

@@ -652,6 +652,6 @@ class FailsAtFirst(FakeLoader):
         super().__init__()
         self.failures = failures
 
-    def __call__(self, directory, version, config):
+    def __call__(self, directory, version, config, parts):
         self.errors = {"m": BackendError(7, "try again")} if len(self.loads) < self.failures else {}
-        return super().__call__(directory, version, config)
+        return super().__call__(directory, version, config, parts)

@@ -35,9 +35,10 @@ def test_every_field_stands_in_exactly_one_table() -> None:
 REFUSALS = [
     ("sequence_batching {}", "sequence_batching"),
     ("sequence_batching { oldest { max_candidate_sequences: 4 } }", "sequence_batching"),
-    ("ensemble_scheduling {}", "ensemble_scheduling"),
-    ('ensemble_scheduling { step { model_name: "a" } }', "ensemble_scheduling"),
-    ('platform: "ensemble"', 'platform "ensemble"'),
+    (
+        'ensemble_scheduling { step {} step { model_namespace: "a" } }',
+        "ensemble_scheduling.step[1].model_namespace",
+    ),
     ("batch_input { kind: BATCH_ELEMENT_COUNT }", "batch_input[0]"),
     ("batch_output { kind: BATCH_SCATTER_WITH_INPUT_SHAPE }", "batch_output[0]"),
     ("input { allow_ragged_batch: true }", "input[0].allow_ragged_batch"),

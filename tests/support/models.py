@@ -1,6 +1,6 @@
 """Tiny ONNX models, built in memory, and model repositories made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +203,53 @@ def _type_and_dims(info: onnx.ValueInfoProto, has_batch_dimension: bool) -> str:
     # A configuration cannot write a tensor without dims: it says [1], and of rows of those that the 1 is taken away.
     reshape = " reshape { }" if has_batch_dimension and not dims else ""
     return f"data_type: {config_type} dims: {dims or [1]}{reshape}"
+
+
+def affine(factor: float, offset: float, dims: Dims = ("N", 4), names: tuple[str, str] = ("X", "Y")) -> bytes:
+    """Y = factor * X + offset, FP32; `names` are those of the tensors."""
+    source, result = names
+    values = [numpy_helper.from_array(np.array(value, np.float32), name) for name, value in
+              (("factor", factor), ("offset", offset))]  # fmt: skip
+    nodes = [
+        helper.make_node("Mul", [source, "factor"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "offset"], [result]),
+    ]
+    return build(nodes, [tensor(source, dims=dims)], [tensor(result, dims=dims)], values)
+
+
+def add_two(dims: Dims = ("N", 4)) -> bytes:
+    """Y = A + B, FP32."""
+    node = helper.make_node("Add", ["A", "B"], ["Y"])
+    return build([node], [tensor("A", dims=dims), tensor("B", dims=dims)], [tensor("Y", dims=dims)])
+
+
+def step(model: str, takes: Mapping[str, str], makes: Mapping[str, str], more: str = "model_version: -1") -> str:
+    """A step of an ensemble as its configuration writes it; the maps lead from the model's names to tensors."""
+    maps = [f'input_map {{ key: "{name}" value: "{tensor}" }}' for name, tensor in takes.items()]
+    maps += [f'output_map {{ key: "{name}" value: "{tensor}" }}' for name, tensor in makes.items()]
+    return f'step {{ model_name: "{model}" {" ".join(maps)} {more} }}'
+
+
+def port(kind: str, name: str, dims: Sequence[int] = (4,), datatype: str = "FP32", more: str = "") -> str:
+    """An input or output of an ensemble as its configuration writes it."""
+    return f'{kind} {{ name: "{name}" data_type: TYPE_{datatype} dims: {list(dims)} {more} }}\n'
+
+
+def write_ensemble(
+    repository: Path,
+    name: str,
+    ports: str,
+    steps: Sequence[str],
+    *,
+    max_batch_size: int = 8,
+    version: int = 1,
+    scheduling: str = "",
+    more: str = "",
+) -> Path:
+    """Add an ensemble to a repository: nothing but a configuration, and an empty folder for its version."""
+    directory = repository / name
+    (directory / str(version)).mkdir(parents=True, exist_ok=True)
+    text = f'platform: "ensemble"\nmax_batch_size: {max_batch_size}\n{ports}{more}\n'
+    text += "ensemble_scheduling {\n" + "\n".join([scheduling, *steps]) + "\n}\n"
+    (directory / "config.pbtxt").write_text(text)
+    return directory

@@ -167,9 +167,16 @@ class CachedModel(ServedModel):
             return [], functools.partial(self._run_in_place, session, batch)
         return self._settle(leaders, [error]) if error is not None else [], None
 
-    def cancel(self, request: InferRequest) -> None:
+    def cancel(self, request: InferRequest) -> bool:
         """Let a request go whose client has left: its work is dropped when nobody else waits for it."""
-        self._caching_runner.count_abandoned(self._cache.leave(request))
+        ended = self._cache.leave(request)
+        self._caching_runner.count_abandoned(ended)
+        return request in ended
+
+    def answers_in_arrays(self) -> bool:
+        """No: the cache keeps bytes."""
+        self._runner.serve_steps(self.interface, arrays=False)
+        return False
 
     def drain(self) -> None:
         """Refuse new requests; what is queued, or follows something queued, is still answered."""

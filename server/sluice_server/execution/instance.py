@@ -8,6 +8,7 @@ as there are requests.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
@@ -19,6 +20,8 @@ from sluice_batching import RunTimes
 from sluice_server.errors import BackendError, Cancelled, DeadlineExceeded, Internal, SluiceError
 from sluice_server.execution import shared_memory
 from sluice_server.execution.run_watch import RunWatch
+from sluice_server.execution.sending import collected
+from sluice_server.execution.step import HandOver
 from sluice_server.observability.statistics import FailureReason
 from sluice_server.protocol.traced import TracedCall
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from sluice_batching import BatchQueue, Taken
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.statistics import ModelStatistics
+    from sluice_server.protocol.interface import ModelInterface
     from sluice_server.status import StatusMapper
     from sluice_server.transport.call import Call
 
@@ -88,6 +92,19 @@ class BatchRunner:
         self._run_times = run_times or RunTimes()
         self._has_batch_dimension = has_batch_dimension
         self._clock = clock
+        self._serves_steps = False
+
+    def serve_steps(self, interface: ModelInterface, *, arrays: bool) -> None:
+        """Answer the steps of ensembles too from now on, with `arrays` where it is no use to encode the outputs.
+
+        What a batch of them makes ready goes on as a batch. `interface` is the model's.
+        """
+        if self._serves_steps:
+            return
+        self._serves_steps = True
+        self.send = functools.partial(collected, self.send)  # type: ignore[method-assign] # only a part pays for it
+        if arrays:
+            self._encode = HandOver(self._encode, interface)
 
     def run(self, session: Runnable, batch: list[InferRequest], earlier: Answers) -> Answers:
         """Run a batch of requests with equal keys; give the answers that are left to send, the others have their error.
@@ -103,7 +120,7 @@ class BatchRunner:
             outputs = session.run(names, feeds)
             computed_ns = self._clock()
             if self._has_batch_dimension:
-                _check_outputs(batch, outputs)
+                check_outputs(batch, outputs)
             answers = self._encode(batch, outputs)
         except Cancelled as error:
             self._fail(batch, error, FailureReason.CANCELED)
@@ -291,7 +308,8 @@ def check_rows(name: str, array: np.ndarray, rows: int) -> None:
         )
 
 
-def _check_outputs(batch: list[InferRequest], outputs: Sequence[np.ndarray]) -> None:
+def check_outputs(batch: list[InferRequest], outputs: Sequence[np.ndarray]) -> None:
+    """As `check_rows`, for all outputs that a batch asks for."""
     rows = 0
     for request in batch:
         rows += request.rows

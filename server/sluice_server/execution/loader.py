@@ -7,7 +7,7 @@ and puts a queue and instances around it.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
 from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes, SloTuner
@@ -16,6 +16,9 @@ from sluice_server.execution import runtime
 from sluice_server.execution.bucket_options import read_buckets
 from sluice_server.execution.buckets import CuttingEncoder, gatherer
 from sluice_server.execution.cached import CachedModel, CachingRunner
+from sluice_server.execution.ensemble import EnsembleModel, Part
+from sluice_server.execution.gate import Gate
+from sluice_server.execution.inlets import Inlet
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
@@ -26,6 +29,7 @@ from sluice_server.execution.priorities import NS_PER_US, priorities_of
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.rate_limit import LimitedInstance, claim_of
 from sluice_server.execution.session import Session
+from sluice_server.execution.step import ArraysCall, BytesCall
 from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.execution.warmup import warm_up
 from sluice_server.observability.latencies import Latencies
@@ -33,11 +37,12 @@ from sluice_server.observability.statistics import ModelStatistics
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
 from sluice_server.repository.autocomplete import complete, normalize
+from sluice_server.repository.ensembles import check_parts, graph_of, is_ensemble
 from sluice_server.repository.labels import read_labels
 from sluice_server.repository.validate import scalar_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig, ModelRateLimiter
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
     from sluice_server.execution.response_cache import ResponseCache
+    from sluice_server.execution.served import Served
     from sluice_server.execution.threads import ThreadPlan
     from sluice_server.observability.latencies import LatencyOptions
     from sluice_server.repository.layout import ModelDirectory
@@ -193,8 +199,15 @@ class ModelLoader:
         self._cache = cache
         self._limiter = None if settings.rate_limit is None else RateLimiter(settings.rate_limit)
 
-    def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> ServedModel:
-        """Load one version and warm it up; it takes requests once it is started."""
+    def __call__(
+        self, directory: ModelDirectory, version: int, config: ModelConfig | None, parts: Sequence[Served] = ()
+    ) -> Served:
+        """Load one version and warm it up; it takes requests once it is started.
+
+        `parts` are what runs the steps of an ensemble, one for each.
+        """
+        if config is not None and is_ensemble(config):
+            return self._load_ensemble(directory, version, config, parts)
         prepared = prepare(directory, version, config, self._settings, self._host)
         completed = prepared.config
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
@@ -250,6 +263,39 @@ class ModelLoader:
             if claim is not None:
                 return LimitedInstance(name, queue, group.session, runner, self._limiter, claim)
         return Instance(name, queue, group.session, runner)
+
+    def _load_ensemble(
+        self, directory: ModelDirectory, version: int, written: ModelConfig, parts: Sequence[Served]
+    ) -> EnsembleModel:
+        """Bind an ensemble to versions that are served; ModelLoadError when they do not fit."""
+        config = normalize(written, name=directory.name)
+        check_parts(config, [model.config for model in parts])
+        interface = replace(
+            ModelInterface.of(config, version, labels=read_labels(config, directory.path)),
+            prioritizes=any(part.interface.prioritizes for part in parts),
+        )
+        statistics = ModelStatistics(latencies=None if self._latencies is None else Latencies(self._latencies))
+        graph = graph_of(config)
+        places = config.ensemble_scheduling.max_inflight_requests
+        bound = [
+            Part(
+                model,
+                tuple(Inlet(model.interface, name, tensor) for name, tensor in step.takes.items()),
+                dict(step.makes),
+                ArraysCall if model.answers_in_arrays() else BytesCall,
+                Gate(places, self._gate_policy(model)) if places else None,
+            )
+            for step, model in zip(graph.steps, parts, strict=True)
+        ]
+        encoder = Encoder(interface)
+        return EnsembleModel(config, interface, graph, bound, encoder, statistics, self._to_status, self._timer)
+
+    def _gate_policy(self, part: Served) -> QueuePolicy:
+        return QueuePolicy(
+            max_batch_rows=max(1, part.interface.max_batch_rows),
+            max_queue_rows=self._settings.queue_rows,
+            max_queue_bytes=self._settings.queue_bytes,
+        )
 
     def _cache_for(self, config: ModelConfig, version: int) -> ResponseCache | None:
         if config.response_cache.enable and self._cache is None:

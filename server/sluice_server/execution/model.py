@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sluice_batching import Draining, QueueFull, RequestTooLarge, TooLate
 from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SluiceError
 from sluice_server.execution.run_watch import RunWatch
+from sluice_server.execution.served import Served, Waiting
 from sluice_server.observability.statistics import FailureReason, Outcome
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from sluice_server.status import StatusMapper
 
 
-class ServedModel:
-    """A loaded version, ready to take requests from any thread. Made by `loader.load`, started once."""
+class ServedModel(Served):
+    """A loaded version of a model, ready to take requests from any thread. Made by `loader.load`, started once."""
 
     def __init__(
         self,
@@ -120,15 +121,29 @@ class ServedModel:
             self._spare_watches.append(watch)
             self.queue.give_back()
 
-    def cancel(self, request: InferRequest) -> None:
-        """Take a request out of the queue; a run ends early when this was the last request that waited for it."""
-        if self.queue.cancel(request):
-            total_ns = time.monotonic_ns() - request.call.received_ns
-            self.statistics.record_failure(FailureReason.CANCELED, total_ns=total_ns)
-            return
-        for watch in self._watches:
-            if watch.leave(request):
-                return
+    def cancel(self, request: InferRequest) -> bool:
+        """Take a request out of the queue; False when it runs or has ended.
+
+        A run ends early when this was the last request that waited for it.
+        """
+        if not self.queue.cancel(request):
+            for watch in self._watches:
+                if watch.leave(request):
+                    break
+            return False
+        total_ns = time.monotonic_ns() - request.call.received_ns
+        self.statistics.record_failure(FailureReason.CANCELED, total_ns=total_ns)
+        return True
+
+    def answers_in_arrays(self) -> bool:
+        """Answer the steps of ensembles from now on; whether with arrays, which padded outputs are not fit for."""
+        arrays = self.interface.buckets is None
+        self._runner.serve_steps(self.interface, arrays=arrays)
+        return arrays
+
+    def waiting(self) -> Waiting:
+        """What waits in the queue."""
+        return Waiting(len(self.queue), self.queue.rows, self.queue.size_bytes)
 
     def drain(self) -> None:
         """Refuse new requests; what is queued is still run."""

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Buffer
 
-    from sluice_server.execution.model import ServedModel
     from sluice_server.execution.response_cache import Fingerprint
+    from sluice_server.execution.served import Served
     from sluice_server.execution.shared_memory import SharedTensors
     from sluice_server.protocol.classification import Classes
     from sluice_server.transport.call import Call
@@ -33,7 +33,7 @@ class InferRequest(Request):
 
     __slots__ = ("arrays", "call", "classes", "fingerprint", "id", "model", "output_names", "payload", "shared")
 
-    model: ServedModel
+    model: Served
     fingerprint: Fingerprint | None
     payload: list[Buffer]
 

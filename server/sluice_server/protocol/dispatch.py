@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Executor
 
-    from sluice_server.execution.model import ServedModel
     from sluice_server.execution.request import InferRequest
+    from sluice_server.execution.served import Served
     from sluice_server.observability.tracing import Tracer
     from sluice_server.protocol.rpcs import Rpc
     from sluice_server.protocol.shared_memory import SharedMemory
@@ -86,7 +86,7 @@ class Dispatcher:
 
     def __call__(self, calls: Sequence[Call], /, *, lend: bool = False) -> Callable[[], None] | None:
         """Take every call of the list over. With `lend`, give what the caller's thread is to run, if anything."""
-        queued: dict[ServedModel, list[InferRequest]] = {}
+        queued: dict[Served, list[InferRequest]] = {}
         for call in calls:
             if call.method == INFER:
                 self._decode_into(queued, call)
@@ -105,9 +105,7 @@ class Dispatcher:
             self._submit(model, requests, RELOADS_FOLLOWED_MAX)
         return None
 
-    def _decode_into(
-        self, queued: dict[ServedModel, list[InferRequest]], call: Call, *, passed_on: bool = False
-    ) -> None:
+    def _decode_into(self, queued: dict[Served, list[InferRequest]], call: Call, *, passed_on: bool = False) -> None:
         """Decode a request for the version that is to run it; one that is `passed_on` was meant for another before."""
         model = None
         if self._tracer is not None and not passed_on:
@@ -146,20 +144,20 @@ class Dispatcher:
             return call
         return TracedCall(call, trace)
 
-    def _submit_one(self, model: ServedModel, request: InferRequest) -> Callable[[], None] | None:
+    def _submit_one(self, model: Served, request: InferRequest) -> Callable[[], None] | None:
         late, work = model.submit_one(request)
         if late:
             self._follow_reload(model, late, RELOADS_FOLLOWED_MAX)
         return work
 
-    def _submit(self, model: ServedModel, requests: list[InferRequest], reloads_left: int) -> None:
+    def _submit(self, model: Served, requests: list[InferRequest], reloads_left: int) -> None:
         late = model.submit(requests)
         if late:
             self._follow_reload(model, late, reloads_left)
 
-    def _follow_reload(self, model: ServedModel, late: list[InferRequest], reloads_left: int) -> None:
+    def _follow_reload(self, model: Served, late: list[InferRequest], reloads_left: int) -> None:
         # The version began to drain after it was looked up. Its successor is in place by now, with its own checks.
-        queued: dict[ServedModel, list[InferRequest]] = {}
+        queued: dict[Served, list[InferRequest]] = {}
         for request in late:
             if reloads_left:
                 self._decode_into(queued, request.call, passed_on=True)

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from sluice_proto import tensors, wire
 from sluice_proto.grpc_service_pb2 import ModelInferResponse
-from sluice_server.errors import Internal
 from sluice_server.execution.shared_memory import write_outputs
-from sluice_server.graph import format_shape
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -40,12 +38,11 @@ _RAW_FIELD = ModelInferResponse.DESCRIPTOR.fields_by_name["raw_output_contents"]
 class Encoder:
     """Encodes the answers of one model version; used by all of its instance threads at once."""
 
-    __slots__ = ("_batch_dims", "_has_other_shapes", "_has_text", "_heads", "_interface")
+    __slots__ = ("_has_other_shapes", "_has_text", "_heads", "_interface")
 
     def __init__(self, interface: ModelInterface) -> None:
         self._interface = interface
-        self._batch_dims = 1 if interface.max_batch_rows else 0
-        self._has_other_shapes = any(output.graph_dims is not None for output in interface.outputs.values())
+        self._has_other_shapes = interface.reshapes_outputs
         self._has_text = any(not output.dtype.itemsize for output in interface.outputs.values())
         self._heads: dict[tuple[object, ...], bytes] = {}
 
@@ -57,7 +54,7 @@ class Encoder:
         """
         names = batch[0].output_names
         if self._has_other_shapes:
-            arrays = [self._as_seen(name, array) for name, array in zip(names, arrays, strict=True)]
+            arrays = self._interface.to_client(names, arrays)
         first = batch[0]
         if first.classes is not None or (first.shared is not None and first.shared.outputs):
             payloads = self._encode_each(batch, arrays)
@@ -92,7 +89,7 @@ class Encoder:
         The parts are the head, and for each output a prefix and the raw tensor.
         """
         if self._has_other_shapes:
-            arrays = [self._as_seen(name, array) for name, array in zip(batch[0].output_names, arrays, strict=True)]
+            arrays = self._interface.to_client(batch[0].output_names, arrays)
         return self._encode_each(batch, arrays)
 
     def _encode_each(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
@@ -114,16 +111,6 @@ class Encoder:
                 parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)  # type: ignore[arg-type] # as `Raw` says
             payloads.append(parts)
         return payloads
-
-    def _as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
-        shape = self._interface.outputs[name].to_client(array.shape, self._batch_dims)
-        try:
-            return array.reshape(shape)
-        except ValueError as error:
-            raise Internal(
-                f"output '{name}' came out with shape {format_shape(array.shape)}, which the model's configuration"
-                f" makes {format_shape(shape)}"
-            ) from error
 
     def _cut(self, name: str, array: np.ndarray, rows: Sequence[int]) -> list[Raw]:
         """The raw tensors of one output, for each request its own."""

@@ -7,10 +7,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from sluice_proto.tensors import BY_CONFIG_TYPE, DType
-from sluice_server.graph import VARIABLE
+from sluice_server.errors import Internal
+from sluice_server.graph import VARIABLE, format_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
 
     from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
     from sluice_server.execution.buckets import Buckets
@@ -130,3 +133,27 @@ class ModelInterface:
             buckets=buckets,
             prioritizes=has_queue_policy(config),
         )
+
+    @property
+    def batch_dims(self) -> int:
+        """How many dimensions stand before a tensor's dims: 1 for the rows of a model that batches."""
+        return 1 if self.max_batch_rows else 0
+
+    @property
+    def reshapes_outputs(self) -> bool:
+        """Whether any output has another shape for clients than in the graph."""
+        return any(output.graph_dims is not None for output in self.outputs.values())
+
+    def to_client(self, names: Sequence[str], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Outputs as the graph gave them, as clients see them; `Internal` for one that is not of its dims."""
+        return [self._as_seen(name, array) for name, array in zip(names, arrays, strict=True)]
+
+    def _as_seen(self, name: str, array: np.ndarray) -> np.ndarray:
+        shape = self.outputs[name].to_client(array.shape, self.batch_dims)
+        try:
+            return array.reshape(shape)
+        except ValueError as error:
+            raise Internal(
+                f"output '{name}' came out with shape {format_shape(array.shape)}, which the model's configuration"
+                f" makes {format_shape(shape)}"
+            ) from error

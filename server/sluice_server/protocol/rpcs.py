@@ -31,6 +31,7 @@ EXTENSIONS = (
     "logging",
     "model_configuration",
     "model_repository",
+    "model_repository(unload_dependents)",
     "parameters",
     "statistics",
     "trace",
@@ -178,8 +179,8 @@ class _Commands:
                 raise InvalidArgument(f"unrecognized unload parameter '{key}', expected unload_dependents")
             if request.parameters[key].WhichOneof("parameter_choice") != "bool_param":
                 raise InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param")
-        # Without ensembles nothing depends on a model, so that unload_dependents adds nothing to do.
-        self._manager.unload(request.model_name)
+        with_parts = "unload_dependents" in request.parameters and request.parameters["unload_dependents"].bool_param
+        self._manager.unload(request.model_name, with_parts=with_parts)
         return pb.RepositoryModelUnloadResponse()
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, cast
 from sluice_proto.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelVersionPolicy
 from sluice_proto.tensors import BY_NAME
 from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_shape
+from sluice_server.repository import ensembles
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.fields import check_fields
 from sluice_server.repository.validate import (
@@ -20,8 +21,9 @@ from sluice_server.repository.validate import (
     check_config,
     check_filenames,
     check_graph,
-    check_identity,
     check_instance_groups,
+    check_name,
+    check_platform,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ def normalize(
 ) -> ModelConfig:
     """Give a copy with every default filled in that needs no model file; None stands for a missing config.pbtxt.
 
-    That is all that is needed to choose versions and to open the model file. Raises ConfigError for whatever is
+    That is all that is needed to choose versions and to open the model file; of an ensemble, which has none, it is
+    everything. Raises ConfigError for whatever is
     wrong with the configuration itself, fields that are not implemented included.
     """
     if config is None and not auto_complete:
@@ -49,10 +52,13 @@ def normalize(
     filled = ModelConfig()
     if config is not None:
         filled.CopyFrom(config)
-    check_identity(filled, name)
+    check_name(filled, name)
     check_fields(filled, name)
     check_filenames(filled, name)
     check_batch_size(filled, name)
+    if ensembles.is_ensemble(filled):
+        return _normalize_ensemble(filled, name)
+    check_platform(filled, name)
     filled.name, filled.platform, filled.backend = name, PLATFORM, BACKEND
     filled.default_model_filename = filled.default_model_filename or DEFAULT_MODEL_FILENAME
     _fill_version_policy(filled.version_policy)
@@ -64,6 +70,15 @@ def normalize(
     _fill_preferred_batch_size(filled)
     if filled.max_batch_size or not (auto_complete and needs_tensors(filled)):  # else the batch size is still open
         check_config(filled, name)
+    return filled
+
+
+def _normalize_ensemble(filled: ModelConfig, name: str) -> ModelConfig:
+    """An ensemble's configuration is complete as it is written, apart from its name, platform and versions."""
+    ensembles.check_ensemble(filled, name)
+    check_config(filled, name)
+    filled.name, filled.platform = name, ensembles.PLATFORM
+    _fill_version_policy(filled.version_policy)
     return filled
 
 

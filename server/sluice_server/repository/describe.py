@@ -6,6 +6,7 @@ from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstance
 from sluice_proto.tensors import BY_CONFIG_TYPE
 from sluice_server.graph import GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.autocomplete import fixed_tensor
+from sluice_server.repository.ensembles import graph_of, version_of
 from sluice_server.repository.validate import Tensor
 
 
@@ -28,6 +29,32 @@ def explain(written: ModelConfig | None, completed: ModelConfig, signature: Grap
     lines += _tensors("output", before.output, completed.output, signature.outputs)
     lines.append(_versions(before, completed))
     lines += _instances(before, completed)
+    return lines
+
+
+def explain_ensemble(written: ModelConfig, completed: ModelConfig, parts: Sequence[ModelConfig]) -> list[str]:
+    """Give the same for an ensemble; `parts` are the completed configurations of its steps' models, one for each."""
+    graph = graph_of(completed)
+    plan = graph.plan([item.name for item in completed.output])
+    most = completed.max_batch_size
+    rows = f"of up to {most} rows, which go whole from step to step" if most else "without a batch dimension"
+    lines = [f"ensemble of {len(graph.steps)} step(s) for requests {rows}; no instances of its own"]
+    for number in graph.order:
+        step, part = completed.ensemble_scheduling.step[number], parts[number]
+        takes = ", ".join(f"{name} <- {tensor}" for name, tensor in sorted(step.input_map.items()))
+        makes = ", ".join(f"{name} -> {tensor}" for name, tensor in sorted(step.output_map.items()))
+        version = version_of(step)
+        which = "the latest version" if version is None else f"version {version}"
+        when = f"after {plan.waits[number]} other(s)" if plan.waits[number] else "at once"
+        lines.append(f"step {number}: '{part.name}', {which}, {when}: {takes}; {makes}")
+    places = completed.ensemble_scheduling.max_inflight_requests
+    limit = f"{places} in each step at a time, others wait before it" if places else "no limit"
+    lines.append(f"max_inflight_requests: {limit}")
+    for kind, items in (("input", completed.input), ("output", completed.output)):
+        lines += [
+            f"{kind} '{item.name}': {BY_CONFIG_TYPE[item.data_type].name} {format_shape(item.dims)}" for item in items
+        ]
+    lines.append(_versions(written, completed))
     return lines
 
 

@@ -96,6 +96,13 @@ IMPLEMENTED: Final = frozenset(
         "model_warmup.inputs.input_data_file",
         "response_cache",
         "response_cache.enable",
+        "ensemble_scheduling",
+        "ensemble_scheduling.step",
+        "ensemble_scheduling.step.model_name",
+        "ensemble_scheduling.step.model_version",
+        "ensemble_scheduling.step.input_map",
+        "ensemble_scheduling.step.output_map",
+        "ensemble_scheduling.max_inflight_requests",
     }
 )
 """Fields that do what they say, or say nothing but a hint (`format`, pinned memory)."""
@@ -105,7 +112,7 @@ REFUSED: Final = frozenset(
         "cc_model_filenames",
         "metric_tags",
         "sequence_batching",
-        "ensemble_scheduling",
+        "ensemble_scheduling.step.model_namespace",
         "model_operations",
         "model_transaction_policy",
         "batch_input",
@@ -131,7 +138,7 @@ REFUSED: Final = frozenset(
 )
 """Fields that would change what the server does, and don't yet."""
 
-_EFFECTIVE_WHEN_PRESENT: Final = frozenset({"sequence_batching", "ensemble_scheduling"})
+_EFFECTIVE_WHEN_PRESENT: Final = frozenset({"sequence_batching"})
 
 
 def check_fields(config: ModelConfig, model: str) -> None:

@@ -42,12 +42,14 @@ def check_config(config: ModelConfig, model: str) -> None:
             raise _config_error(model, f"input[{index}].optional", what)
 
 
-def check_identity(config: ModelConfig, model: str) -> None:
-    """Check that name, platform and backend are this model's and this server's."""
+def check_name(config: ModelConfig, model: str) -> None:
+    """Check that a configuration's name, where it says one, is this model's."""
     if config.name not in ("", model):
         raise _config_error(model, "name", f"is '{config.name}', but must equal the directory's name '{model}'")
-    if config.platform == "ensemble":
-        raise _config_error(model, 'platform "ensemble"', "is not implemented in this version")
+
+
+def check_platform(config: ModelConfig, model: str) -> None:
+    """Check that platform and backend are this server's."""
     for field, got, known in (("platform", config.platform, PLATFORM), ("backend", config.backend, BACKEND)):
         if got not in ("", known):
             raise _config_error(model, field, f"is '{got}', which is unknown; this server runs '{known}' only")
