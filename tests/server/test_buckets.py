@@ -280,3 +280,10 @@ def test_padding_of_numbers_that_a_type_does_not_hold_is_refused():
     ):
         with pytest.raises(BadOption, match=expected):
             read(name, pad)
+
+
+def test_ragged_batches_are_not_padded(model_config):
+    config = model_config(batch_buckets="4")
+    config.input[0].allow_ragged_batch = True
+    with pytest.raises(BadOption, match="'batch_buckets' is '4', expected no value: ragged batches are not padded"):
+        read_buckets(config)

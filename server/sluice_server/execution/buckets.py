@@ -21,6 +21,7 @@ is filled up, with its last row, to the first of these sizes that it fits into.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,10 @@ from sluice_server.errors import Internal, InvalidArgument
 from sluice_server.execution import shared_memory
 from sluice_server.execution.instance import check_rows
 from sluice_server.graph import format_shape
-from sluice_server.protocol.encode import Encoder
+from sluice_server.protocol.encode import CuttingEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from typing_extensions import Buffer
+    from collections.abc import Mapping, Sequence
 
     from sluice_server.execution.instance import Gather
     from sluice_server.execution.request import InferRequest
@@ -145,7 +144,7 @@ class _Gatherer:
         return next((bucket.pad[name] for bucket in self._buckets.shapes if name in bucket.pad), 0)
 
 
-class CuttingEncoder(Encoder):
+class PaddedEncoder(CuttingEncoder):
     """Encodes the answers of batches that were padded, each cut out of the model's outputs."""
 
     __slots__ = ("_buckets",)
@@ -154,29 +153,18 @@ class CuttingEncoder(Encoder):
         super().__init__(interface)
         self._buckets = buckets
 
-    def __call__(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
-        """The parts of each answer, in the order of the batch; Internal when the outputs are not as declared."""
-        return [super(CuttingEncoder, self).__call__([request], own)[0] for request, own in self._apart(batch, arrays)]
-
-    def payloads(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
-        """As the encoder's, of the arrays that are cut."""
-        return [super(CuttingEncoder, self).payloads([request], own)[0] for request, own in self._apart(batch, arrays)]
-
-    def _apart(
-        self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]
-    ) -> Iterator[tuple[InferRequest, list[np.ndarray]]]:
+    def apart(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """Each request's own rows, without what the padding made of them."""
         rows = _first_from(self._buckets.batch_sizes, sum(request.rows for request in batch))
         names = batch[0].output_names
         for name, array in zip(names, arrays, strict=True):
             check_rows(name, array, rows)
-        start = 0
-        for request in batch:
-            stop = start + request.rows
-            yield (
-                request,
-                [self._own(name, array[start:stop], request) for name, array in zip(names, arrays, strict=True)],
-            )
-            start = stop
+        outputs = list(zip(names, arrays, strict=True))
+        stops = list(itertools.accumulate(request.rows for request in batch))
+        return [
+            [self._own(name, array[stop - request.rows : stop], request) for name, array in outputs]
+            for request, stop in zip(batch, stops, strict=True)
+        ]
 
     def _own(self, name: str, array: np.ndarray, request: InferRequest) -> np.ndarray:
         """One request's rows of an output, without what its padding made of it."""

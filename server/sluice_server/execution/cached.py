@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sluice_batching import BatchingError, BatchQueue
     from sluice_proto.model_config_pb2 import ModelConfig
-    from sluice_server.execution.instance import Answers, Gather, Instance
+    from sluice_server.execution.instance import Answers, Cut, Gather, Instance
     from sluice_server.execution.model_cache import ModelCache
     from sluice_server.execution.request import InferRequest
     from sluice_server.execution.response_cache import Payload
@@ -47,9 +47,10 @@ class CachingRunner(BatchRunner):
         *,
         has_batch_dimension: bool,
         gather: Gather | None = None,
+        cut: Cut | None = None,
     ) -> None:
         encode = functools.partial(_encode, encoder)
-        super().__init__(encode, statistics, to_status, has_batch_dimension=has_batch_dimension, gather=gather)
+        super().__init__(encode, statistics, to_status, has_batch_dimension=has_batch_dimension, gather=gather, cut=cut)
         self.cache = cache
         self.on_promoted: Callable[[list[InferRequest]], None] = _nobody
         """Queues requests that lead in place of those that have expired; set by their model."""

@@ -59,6 +59,13 @@ class Gather(Protocol):
         """The inputs of a batch, with the rows of all of its requests in order."""
 
 
+class Cut(Protocol):
+    """What an instance needs to tell the outputs of a batch apart, where they are not just rows."""
+
+    def __call__(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> Sequence[Sequence[np.ndarray]]:
+        """Each request's own outputs, in the order of the batch."""
+
+
 class BatchRunner:
     """Runs batches of one model version and resolves every request of them; used by all its instances at once."""
 
@@ -71,13 +78,17 @@ class BatchRunner:
         has_batch_dimension: bool,
         clock: Callable[[], int] = time.monotonic_ns,
         gather: Gather | None = None,
+        cut: Cut | None = None,
     ) -> None:
-        """`gather` makes the model's inputs where they are not just the rows of the requests one behind the other."""
+        """`gather` makes the model's inputs where they are not just the rows of the requests one behind the other, and
+        `cut` tells its outputs apart where those are not; `encode` then checks their rows itself.
+        """
         self._encode = encode
         self._gather: Gather = gather_rows if gather is None else gather
         self._statistics = statistics
         self._to_status = to_status
-        self._has_batch_dimension = has_batch_dimension
+        self._cut = cut
+        self._has_batch_dimension = has_batch_dimension and cut is None
         self._clock = clock
 
     def run(self, session: Runnable, batch: list[InferRequest], earlier: Answers) -> Answers:
@@ -107,7 +118,7 @@ class BatchRunner:
             self._fail(batch, error, FailureReason.OTHER)
             return earlier
         if self._record(batch, started_ns, gathered_ns, computed_ns):
-            self._show(batch, feeds, dict(zip(names, outputs, strict=True)))
+            self._show(batch, feeds, outputs)
         return self._answered(batch, answers)
 
     def run_and_send(self, session: Runnable, batch: list[InferRequest]) -> None:
@@ -182,17 +193,19 @@ class BatchRunner:
             )
         return True
 
-    @staticmethod
-    def _show(batch: list[InferRequest], feeds: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-        """Let the traced requests see their own rows."""
+    def _show(self, batch: list[InferRequest], feeds: Mapping[str, np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Let the traced requests see their own tensors; where feeds are no rows, those that came in messages."""
         whole = slice(None)
         row = 0
-        for request in batch:
+        cut = None if self._cut is None else self._cut(batch, outputs)
+        for place, request in enumerate(batch):
             rows = whole if len(batch) == 1 else slice(row, row + request.rows)
             row += request.rows
             if isinstance(request.call, TracedCall):
-                request.call.show("TENSOR_QUEUE_INPUT", ((name, array[rows]) for name, array in feeds.items()))
-                request.call.show("TENSOR_BACKEND_OUTPUT", ((name, array[rows]) for name, array in outputs.items()))
+                shown = {name: array[rows] for name, array in feeds.items()} if cut is None else request.arrays
+                own = [array[rows] for array in outputs] if cut is None else cut[place]
+                request.call.show("TENSOR_QUEUE_INPUT", shown.items())
+                request.call.show("TENSOR_BACKEND_OUTPUT", zip(request.output_names, own, strict=True))
 
     def _fail(self, requests: Sequence[InferRequest], error: Exception, reason: FailureReason) -> None:
         now_ns = self._clock()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sluice_batching import BatchQueue, QueuePolicy
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
 from sluice_server.execution.bucket_options import read_buckets
-from sluice_server.execution.buckets import CuttingEncoder, gatherer
+from sluice_server.execution.buckets import PaddedEncoder, gatherer
 from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
@@ -22,6 +22,7 @@ from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
+from sluice_server.execution.ragged import RaggedEncoder, RaggedGatherer, is_ragged
 from sluice_server.execution.session import Session
 from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.execution.warmup import warm_up
@@ -186,20 +187,14 @@ class ModelLoader:
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
-        encoder, gather = Encoder(interface), None
-        has_rows = interface.max_batch_rows > 0
-        if buckets is not None:
-            # Its outputs have the rows of the padding too, and it checks them itself.
-            encoder, gather, has_rows = CuttingEncoder(interface, buckets), gatherer(buckets, interface), False
+        encoder, seams = _seams(completed, interface, buckets)
         make_model: Callable[..., ServedModel] = ServedModel
         if cache is None:
-            runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows, gather=gather)
+            runner = BatchRunner(encoder, statistics, self._to_status, **seams)
         else:
             make_model = CachedModel
             model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
-            runner = CachingRunner(
-                encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows, gather=gather
-            )
+            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, **seams)
         instances = [
             Instance(f"{completed.name}-{number}", queue, group.session, runner)
             for group in prepared.groups
@@ -238,6 +233,18 @@ class ModelLoader:
             max_queue_rows=self._settings.queue_rows,
             max_queue_bytes=self._settings.queue_bytes,
         )
+
+
+def _seams(config: ModelConfig, interface: ModelInterface, buckets: Buckets | None) -> tuple[Encoder, dict[str, Any]]:
+    """What encodes a model's answers, and the named arguments of its runner: how its batches are made and cut."""
+    seams: dict[str, Any] = {"has_batch_dimension": interface.max_batch_rows > 0}
+    if buckets is not None:
+        padded = PaddedEncoder(interface, buckets)
+        return padded, seams | {"gather": gatherer(buckets, interface), "cut": padded.apart}
+    if is_ragged(config):
+        ragged = RaggedEncoder(interface, config)
+        return ragged, seams | {"gather": RaggedGatherer(config), "cut": ragged.apart}
+    return Encoder(interface), seams
 
 
 def _queue_of_followers(policy: QueuePolicy) -> BatchQueue[InferRequest]:

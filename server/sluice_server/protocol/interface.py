@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from sluice_proto.model_config_pb2 import ModelInput
 from sluice_proto.tensors import BY_CONFIG_TYPE, DType
 from sluice_server.graph import VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
+    from sluice_proto.model_config_pb2 import ModelConfig, ModelOutput
     from sluice_server.execution.buckets import Buckets
 
 NO_LABELS: Mapping[str, tuple[bytes, ...]] = MappingProxyType({})
@@ -26,6 +27,7 @@ class TensorInterface:
     `graph_dims` are the dims of the graph's own tensor where they are others: by `reshape`, or because a configuration
     cannot write a scalar, which is [1] there. They hold as many elements, and as many open dimensions in the same
     order. `labels` are the names of the classes of an output, by their index; an empty one is none.
+    Requests whose shapes of a `ragged` input differ may share a batch.
     """
 
     name: str
@@ -34,6 +36,7 @@ class TensorInterface:
     optional: bool
     graph_dims: tuple[int, ...] | None = None
     labels: tuple[bytes, ...] = ()
+    ragged: bool = False
 
     @property
     def variable(self) -> bool:
@@ -79,8 +82,15 @@ class ModelInterface:
     required_inputs: int
     variable: bool
     """Whether two valid requests may differ in more than their rows, so that a batch key must tell them apart."""
+    keyed_inputs: tuple[str, ...]
+    """The inputs whose shapes requests of one batch have in common: all but the ragged ones."""
     buckets: Buckets | None = None
-    """How requests of different shapes share a batch; None: not at all."""
+    """How requests share a batch whose shapes differ and are padded; None: they do not."""
+
+    @property
+    def key_tells_shapes(self) -> bool:
+        """Whether requests with equal batch keys and rows have inputs of equal shapes."""
+        return self.buckets is None and len(self.keyed_inputs) == len(self.inputs)
 
     @classmethod
     def of(
@@ -103,6 +113,7 @@ class ModelInterface:
                 optional,
                 () if item.name in scalars else graph_dims,
                 labels.get(item.name, ()),
+                isinstance(item, ModelInput) and item.allow_ragged_batch,
             )
 
         inputs = {item.name: read(item, optional=item.optional or item.name in masks) for item in config.input}
@@ -115,6 +126,7 @@ class ModelInterface:
             outputs=outputs,
             output_names=tuple(outputs),
             required_inputs=sum(not tensor.optional for tensor in inputs.values()),
-            variable=any(tensor.variable or tensor.optional for tensor in inputs.values()),
+            variable=any((tensor.variable and not tensor.ragged) or tensor.optional for tensor in inputs.values()),
+            keyed_inputs=tuple(name for name, tensor in inputs.items() if not tensor.ragged),
             buckets=buckets,
         )

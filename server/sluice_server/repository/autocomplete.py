@@ -11,6 +11,7 @@ from sluice_proto.tensors import BY_NAME
 from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.fields import check_fields
+from sluice_server.repository.ragged import check_ragged, made_inputs
 from sluice_server.repository.validate import (
     BACKEND,
     PLATFORM,
@@ -86,12 +87,14 @@ def complete(
     if auto_complete and needs_tensors(filled):
         _fill_batching(filled, signature, default_max_batch_size)
         batch_dims = 1 if filled.max_batch_size else 0
-        for tensors, specs in ((filled.input, signature.inputs), (filled.output, signature.outputs)):
+        made = made_inputs(filled)
+        inputs = [spec for spec in signature.inputs if not spec.optional and spec.name not in made]
+        for tensors, specs in ((filled.input, inputs), (filled.output, signature.outputs)):
             if not tensors:
                 for spec in specs:
-                    if not spec.optional:
-                        _fill_tensor(tensors.add(), spec, batch_dims, filled.name)
+                    _fill_tensor(tensors.add(), spec, batch_dims, filled.name)
         check_config(filled, filled.name)
+    check_ragged(filled, filled.name)
     check_graph(filled, signature)
     return filled
 
