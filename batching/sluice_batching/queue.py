@@ -38,7 +38,7 @@ every group that is due by its size, and a removal at the first rows of its grou
 import heapq
 import sys
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import islice
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -186,6 +186,24 @@ class Queue(Generic[R]):
             heapq.heappush(self._deadlines, (request.deadline_ns, order))
         if self._waits and (group.rows >= self._full_rows or group.rows in self._preferred):
             self._ready.add(group)
+        return None
+
+    def try_offer_together(self, requests: Sequence[R], now_ns: int) -> BatchingError | None:
+        """Let all of several requests wait, or none: None when accepted, else why not, as `try_offer`.
+
+        Of the bounds it is told with the sums of all. They are no batch of their own: each leaves like any other.
+        """
+        if self._draining:
+            return Draining()
+        earliest_ns = min(request.deadline_ns for request in requests)
+        if earliest_ns <= now_ns:
+            return DeadlineExpired(earliest_ns, now_ns)
+        rows = sum(request.rows for request in requests)
+        size_bytes = sum(request.size_bytes for request in requests)
+        if self._rows + rows > self._max_rows or self._size_bytes + size_bytes > self._max_bytes:
+            return self._overflow(rows, size_bytes)
+        for request in requests:
+            self.offer(request, now_ns)
         return None
 
     def _overflow(self, rows: int, size_bytes: int) -> BatchingError:

@@ -123,6 +123,24 @@ class QueueAgainstModel(RuleBasedStateMachine):
             self.model.waiting.append(request)
             self.accepted.append(request)
 
+    @rule(
+        kinds=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 9), st.sampled_from("ab")), min_size=1, max_size=4),
+        lives_ns=st.lists(st.integers(0, 12), max_size=4),
+    )
+    def offer_together(self, kinds: list[tuple[int, int, str]], lives_ns: list[int]) -> None:
+        limit = self.model.policy.max_batch_rows
+        requests = [Request(min(rows, limit), size_bytes, key) for rows, size_bytes, key in kinds]
+        for request, life_ns in zip(requests, lives_ns, strict=False):
+            request.deadline_ns = self.now_ns + life_ns
+        rows, size_bytes = sum(each.rows for each in requests), sum(each.size_bytes for each in requests)
+        all_of_them = Request(rows, size_bytes, "", min(each.deadline_ns for each in requests))
+        expected = self.model.refusal(all_of_them, self.now_ns)
+        error = self.queue.try_offer_together(requests, self.now_ns)
+        assert type(error) is (expected or type(None))
+        if error is None:
+            self.model.waiting += requests
+            self.accepted += requests
+
     @rule(step_ns=st.integers(1, 5))
     def time_passes(self, step_ns: int) -> None:
         self.now_ns += step_ns

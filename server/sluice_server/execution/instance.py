@@ -152,10 +152,13 @@ class BatchRunner:
         """What is to be sent for a batch that has run."""
         return deque(zip([request.call for request in batch], answers, strict=True))
 
-    def _record(self, batch: list[InferRequest], started_ns: int, gathered_ns: int, computed_ns: int) -> bool:
-        """Count the batch; whether any request of it is traced."""
+    def _record(
+        self, batch: list[InferRequest], started_ns: int, gathered_ns: int, computed_ns: int, *, other_rows: int = 0
+    ) -> bool:
+        """Count the batch; whether any request of it is traced. `other_rows` ran with it, and count as no request."""
         ended_ns = self._clock()
-        rows = queued_ns = received_ns = 0
+        rows = other_rows
+        queued_ns = received_ns = 0
         sampled = False
         for request in batch:
             rows += request.rows

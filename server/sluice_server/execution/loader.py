@@ -7,7 +7,7 @@ and puts a queue and instances around it.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sluice_batching import BatchQueue, QueuePolicy
@@ -24,6 +24,7 @@ from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.ragged import RaggedEncoder, RaggedGatherer, is_ragged
 from sluice_server.execution.session import Session
+from sluice_server.execution.split import PARTS_MAX, SplittingModel, SplittingRunner, read_split
 from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.execution.warmup import warm_up
 from sluice_server.observability.latencies import Latencies
@@ -103,6 +104,8 @@ class PreparedModel:
     labels: Mapping[str, tuple[bytes, ...]]
     """The names of the classes of the outputs that have a label file, by the outputs' names."""
     buckets: Buckets | None
+    splits: bool
+    """Whether requests of more rows than max_batch_size are taken, and split."""
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -139,7 +142,8 @@ def prepare(
         auto_complete=settings.auto_complete,
         default_max_batch_size=settings.default_max_batch_size,
     )
-    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path), read_buckets(completed))
+    labels = read_labels(completed, directory.path)
+    return PreparedModel(completed, tuple(groups), labels, read_buckets(completed), read_split(completed))
 
 
 def _placements(config: ModelConfig) -> list[tuple[int, int, int, str]]:
@@ -182,15 +186,18 @@ class ModelLoader:
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
         buckets = prepared.buckets
         interface = ModelInterface.of(completed, version, scalars, prepared.labels, buckets)
+        if prepared.splits:
+            interface = replace(interface, max_request_rows=interface.max_batch_rows * PARTS_MAX)
         policy = self._queue_policy(completed)
         queue: BatchQueue[InferRequest] = BatchQueue(policy)
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
         encoder, seams = _seams(completed, interface, buckets)
-        make_model: Callable[..., ServedModel] = ServedModel
+        make_model: Callable[..., ServedModel] = SplittingModel if prepared.splits else ServedModel
         if cache is None:
-            runner = BatchRunner(encoder, statistics, self._to_status, **seams)
+            make_runner = SplittingRunner if prepared.splits else BatchRunner
+            runner = make_runner(encoder, statistics, self._to_status, **seams)
         else:
             make_model = CachedModel
             model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)

@@ -292,7 +292,7 @@ def _count_text(by_name: dict[str, Any], interface: ModelInterface) -> str:
 
 def _batch_rows(message: ModelInferRequest, interface: ModelInterface) -> int:
     """The request's rows: dimension 0, equal in all inputs; 1 for a model without a batch dimension."""
-    limit = interface.max_batch_rows
+    limit = interface.max_request_rows
     if limit == 0:
         return 1
     rows = None

@@ -71,11 +71,15 @@ def _carried(
 
 @dataclass(frozen=True, slots=True)
 class ModelInterface:
-    """The tensors of one model version. `max_batch_rows` is 0 for a model without a batch dimension."""
+    """The tensors of one model version. `max_batch_rows` is 0 for a model without a batch dimension.
+
+    `max_request_rows` is the same, or more where larger requests are split.
+    """
 
     name: str
     version: str
     max_batch_rows: int
+    max_request_rows: int
     inputs: dict[str, TensorInterface]
     outputs: dict[str, TensorInterface]
     output_names: tuple[str, ...]
@@ -122,6 +126,7 @@ class ModelInterface:
             name=config.name,
             version=str(version),
             max_batch_rows=config.max_batch_size,
+            max_request_rows=config.max_batch_size,
             inputs=inputs,
             outputs=outputs,
             output_names=tuple(outputs),
