@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import grpc
@@ -16,9 +17,12 @@ from sluice_proto.model_config_pb2 import BatchInput
 from sluice_proto.tensors import BY_NAME
 from sluice_server.errors import Internal
 from sluice_server.execution.ragged import MadeInput
+from sluice_server.observability.trace_control import TraceConfig
+from sluice_server.observability.trace_sampling import TraceOptions
 from support import models
 from support.fakes import eventually, held
 from support.requests import answer_arrays, infer_request
+from support.shared_memory import Object, put_into_region
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -215,3 +219,49 @@ def test_numbers_that_a_datatype_does_not_hold_are_an_error_of_that_batch():
     assert made.of([(1,)]).tolist() == [1 << 30]
     with pytest.raises(Internal, match=r"batch input 'N' would hold 2147483648, which is more than INT32 does"):
         made.of([(1,), (1,)])
+
+
+def test_ragged_tensors_in_shared_memory_are_read_and_written_there(start_server, repository):
+    add(repository)
+    server = start_server(repository, http=None, metrics=None, allow_client_shm=True)
+    arrays = [numbers(1, 2, 3), numbers(1, 5, 1)]
+    with Object(256) as shared:
+        server.call("SystemSharedMemoryRegister", shared.registration("r"))
+        messages = []
+        for place, x in enumerate(arrays):
+            shared.put(x, 64 * place)
+            message = request(x, outputs=("TWICE", "SUM"))
+            del message.raw_input_contents[0]
+            put_into_region(message.inputs[0], "r", x.nbytes, 64 * place)
+            put_into_region(message.outputs[0], "r", x.nbytes, 128 + 64 * place)
+            messages.append(message)
+        calls, (feeds,) = together(server, messages)
+        assert feeds["X"].size == 11
+        for place, (call, x) in enumerate(zip(calls, arrays, strict=True)):
+            answer = call.result()
+            assert list(answer.outputs[0].shape) == list(x.shape)
+            assert shared.get(128 + 64 * place, x.nbytes) == (2 * x).tobytes()
+            assert np.frombuffer(answer.raw_output_contents[1], np.float32) == x.sum()
+
+
+def test_a_trace_shows_a_requests_own_tensors(start_server, repository, tmp_path):
+    add(repository)
+    file = tmp_path / "trace.json"
+    options = TraceOptions(levels=("TENSORS",), rate=1)
+    server = start_server(repository, http=None, metrics=None, trace=TraceConfig(file=file, options=options))
+    together(server, [request(numbers(1, 2, 3), outputs=("TWICE",)), request(numbers(1, 5, 1), outputs=("TWICE",))])
+    server.server._traces.close()
+    tensors = [entry["tensor"] for entry in json.loads(file.read_text()) if "tensor" in entry]
+    for name in ("X", "TWICE"):
+        shapes = [tensor["shape"] for tensor in tensors if tensor["name"] == name]
+        assert sorted(shapes) == ["1,1,1", "1,2,3", "1,5,1"]
+
+
+def test_large_requests_are_split_where_asked_for(start_server, repository):
+    split = 'parameters { key: "split_requests" value { string_value: "true" } }'
+    add(repository, more=f"dynamic_batching {{ }} {split}", max_batch_size=4)
+    server = start_server(repository, http=None, metrics=None)
+    arrays = [numbers(10, 2, 3), numbers(7, 1, 4), numbers(2, 1, 1)]
+    calls = [server.begin("ModelInfer", request(x, outputs=PER_ROW)) for x in arrays]
+    for call, x in zip(calls, arrays, strict=True):
+        assert_answered(answer_arrays(call.result()), x)

@@ -10,13 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tritonclient import http
 
+from sluice_batching import NO_DEADLINE
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_server.errors import Internal
 from sluice_server.execution.parameters import BadOption
-from sluice_server.execution.split import PARTS_MAX, joined, read_split
+from sluice_server.execution.request import InferRequest
+from sluice_server.execution.split import PARTS_MAX, SplittingRunner, Whole, joined, read_split
+from sluice_server.protocol.encode import Encoder
+from sluice_server.status import Code, StatusMapper
 from support import models
-from support.fakes import eventually, held
+from support.fakes import EchoSession, RecordingCall, eventually, held, served_model
 from support.requests import answer_arrays, infer_request, parameter
 from support.shared_memory import Object, put_into_region
 
@@ -134,7 +138,7 @@ def test_a_cancelled_request_leaves_the_queue_with_all_of_its_parts(server):
     assert counted(server) == (1, 1, 1, 1)
 
 
-def test_one_that_is_cancelled_while_all_of_it_runs_counts_as_what_it_is(server):
+def test_one_that_is_cancelled_while_a_part_of_it_runs_is_not_run_further(server):
     served = server.model("split")
     with held(served) as session:
         large = server.begin("ModelInfer", request(6))
@@ -143,7 +147,7 @@ def test_one_that_is_cancelled_while_all_of_it_runs_counts_as_what_it_is(server)
         eventually(lambda: len(served.queue) == 0, "what waits has left")
         session.release()
     assert_answered(server.infer(request(1)), 1)
-    assert counted(server)[:2] == (1, 1)
+    assert counted(server) == (1, 1, 5, 2)
 
 
 def test_a_deadline_takes_out_all_parts_that_wait(server):
@@ -279,3 +283,22 @@ def test_where_it_cannot_be_it_is_refused_at_load(changes, expected):
 def test_it_is_off_by_default_and_when_it_says_so():
     assert not read_split(ModelConfig(name="m"))
     assert not read_split(text_format.Parse(SPLIT.replace("true", "0"), ModelConfig()))
+
+
+def test_a_bug_in_the_run_of_a_part_ends_the_request_and_takes_the_rest_of_it_out(timer):
+    model = served_model(EchoSession(), timer, max_batch_rows=2)
+    runner = SplittingRunner(Encoder(model.interface), model.statistics, StatusMapper(), has_batch_dimension=True)
+    call = RecordingCall()
+    array = np.zeros((5, 1), np.int64)
+    large = InferRequest(call, "", {"X": array}, ("Y",), 5, ("Y",), NO_DEADLINE)
+    large.model = model
+    large.size_bytes = 100
+    whole = Whole(large, 2)
+    assert [(part.rows, part.size_bytes) for part in whole.parts] == [(2, 40), (2, 40), (1, 20)]
+    assert model.queue.offer_together(whole.parts) is None
+    taken = model.queue.take()
+    runner.give_up(taken.batch, RuntimeError("a bug"))
+    assert [status.code for status, _ in call.ends] == [Code.INTERNAL]
+    assert len(model.queue) == 0
+    assert whole.end() == ()
+    assert whole.put(0, [b""]) is None
