@@ -43,7 +43,8 @@ def normalize(
     """Give a copy with every default filled in that needs no model file; None stands for a missing config.pbtxt.
 
     That is all that is needed to choose versions and to open the model file. Raises ConfigError for whatever is
-    wrong with the configuration itself, fields that are not implemented included.
+    wrong with the configuration itself, fields that are not implemented included; what it says of ragged batching
+    needs all tensors, and is checked by `complete`.
     """
     if config is None and not auto_complete:
         raise ConfigError(f"model '{name}' has no config.pbtxt, and auto-complete is off", model=name)
