@@ -49,7 +49,7 @@ the first rows of its group. How long runs take is asked for those requests only
 import heapq
 import sys
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -221,6 +221,12 @@ class Queue(Generic[R]):
         crowded = self._rows + rows > self._max_rows or self._size_bytes + size_bytes > self._max_bytes
         if crowded and (full := self._overflow(rows, size_bytes)) is not None:
             return full
+        self._enter(request, rank, now_ns)
+        return None
+
+    def _enter(self, request: R, rank: int, now_ns: int) -> None:
+        """Let a request wait that is not refused."""
+        rows, deadline_ns = request.rows, request.deadline_ns
         order = self._next_order
         self._next_order = order + 1
         request.queue_order = order
@@ -233,15 +239,34 @@ class Queue(Generic[R]):
         self._waiting[order] = group.requests[order] = request
         group.rows += rows
         self._rows += rows
-        self._size_bytes += size_bytes
+        self._size_bytes += request.size_bytes
         if deadline_ns != NO_DEADLINE:
             heapq.heappush(self._deadlines, (deadline_ns, order))
         if rank < self._last_rank:
             self._overtake(group, request)
-            return None
+            return
         self._last_rank = rank
         if self._waits and (group.rows >= self._full_rows or group.rows in self._preferred):
             self._ready.add(group)
+
+    def try_offer_together(self, requests: Sequence[R], now_ns: int) -> BatchingError | None:
+        """Let all of several requests wait, or none: None when accepted, else why not, as `try_offer`.
+
+        Of the bounds it is told with the sums of all. They are no batch of their own: each leaves like any other.
+        """
+        if self._draining:
+            return Draining()
+        for request in requests:
+            if request.deadline_ns != NO_DEADLINE and (late := self._lateness(request, now_ns)):
+                return late
+        rows = sum(request.rows for request in requests)
+        size_bytes = sum(request.size_bytes for request in requests)
+        crowded = self._rows + rows > self._max_rows or self._size_bytes + size_bytes > self._max_bytes
+        if crowded and (full := self._overflow(rows, size_bytes)) is not None:
+            return full
+        for request in requests:
+            due_ns = now_ns + self._due_after
+            self._enter(request, min(request.deadline_ns + self._level_rank, due_ns), now_ns)
         return None
 
     def _overtake(self, group: Group[R], request: R) -> None:

@@ -22,7 +22,7 @@ one idle taker fewer counts. `give_back` ends it. Nothing is ever taken out of t
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Generic
 
 from sluice_batching.errors import BatchingError, TooLate
@@ -146,6 +146,17 @@ class BatchQueue(Generic[R]):
         if report is not None and earlier_ns is not None:
             report(earlier_ns)
         return errors
+
+    def offer_together(self, requests: Sequence[R]) -> BatchingError | None:
+        """Let all of several requests wait, or none; see `Queue.try_offer_together`."""
+        with self._lock:
+            error = self._queue.try_offer_together(requests, self._clock())
+            self._pass_the_watch_on()
+            report = self._on_earlier_deadline
+            earlier_ns = None if report is None else self._earlier_deadline_ns()
+        if report is not None and earlier_ns is not None:
+            report(earlier_ns)
+        return error
 
     def offer_and_take(self, request: R) -> tuple[BatchingError | None, list[R]]:
         """Let one request wait, or give the batch that it makes to run here and now, if a taker is idle.

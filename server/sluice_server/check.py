@@ -8,6 +8,7 @@ from sluice_server.errors import SluiceError
 from sluice_server.execution import runtime
 from sluice_server.execution.loader import Host, PreparedModel, prepare
 from sluice_server.execution.options import describe
+from sluice_server.execution.split import SPLIT
 from sluice_server.repository.autocomplete import normalize
 from sluice_server.repository.config import read_config
 from sluice_server.repository.describe import explain, explain_ensemble
@@ -108,6 +109,8 @@ def _complete_parts(
 
 def _decisions(written: ModelConfig | None, prepared: PreparedModel) -> Iterator[str]:
     yield from explain(written, prepared.config, prepared.groups[0].session.signature)
+    if prepared.splits:
+        yield f"{SPLIT}: requests of more than {prepared.config.max_batch_size} rows are queued in parts, answered once"
     for group in prepared.groups:
         threads = group.threads
         yield f"runs on {', '.join(group.session.providers)}, as read back from the session"

@@ -16,6 +16,7 @@ from sluice_batching import (
     QueueFull,
     QueuePolicy,
     Request,
+    RequestTooLarge,
     Taken,
 )
 
@@ -104,6 +105,27 @@ def test_refusals_are_raised_by_offer_and_returned_one_by_one_by_offer_many() ->
     assert [type(error) for error in errors] == [type(None), DeadlineExpired, type(None), QueueFull]
     assert len(queue) == 2
     assert queue.policy.max_queue_rows == 2
+
+
+def test_requests_that_are_offered_together_wait_all_or_none_and_wake_one_taker() -> None:
+    clock = ManualClock()
+    queue: BatchQueue[Request] = BatchQueue(QueuePolicy(batching=True, max_batch_rows=4, max_queue_rows=3), clock)
+    assert type(queue.offer_together([request(), request(), request(), request()])) is RequestTooLarge
+    assert type(queue.offer_together([request(), request(deadline_ns=0)])) is DeadlineExpired
+    assert len(queue) == 0
+    taker = Taker(queue)
+    clock.wait_for_reading("taker", 1)
+    parts = [request(), request()]
+    assert queue.offer_together(parts) is None
+    assert taker.result() == (parts, [])
+    reported: list[int] = []
+    queue.watch_deadlines(reported.append)
+    assert queue.offer_together([request(deadline_ns=9), request(deadline_ns=7)]) is None
+    assert queue.offer_together([request(deadline_ns=8)]) is None
+    assert type(queue.offer_together([request()])) is QueueFull
+    assert reported == [7]
+    queue.drain()
+    assert type(queue.offer_together([request()])) is Draining
 
 
 def test_a_waiting_taker_is_woken_by_an_offer() -> None:

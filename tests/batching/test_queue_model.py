@@ -222,6 +222,27 @@ class QueueAgainstModel(RuleBasedStateMachine):
         self.model.merge_rows = min(merge_rows, self.model.policy.max_batch_rows)
         self.model.tuned_rows = queue_rows
 
+    @rule(
+        kinds=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 9), st.sampled_from("ab")), min_size=1, max_size=4),
+        lives_ns=st.lists(st.integers(0, 12), max_size=4),
+    )
+    def offer_together(self, kinds: list[tuple[int, int, str]], lives_ns: list[int]) -> None:
+        if self.model.policy.priorities:
+            return  # nobody offers so to a queue with priorities
+        limit = self.model.policy.max_batch_rows
+        requests = [Asking(min(rows, limit), size_bytes, key, NO_DEADLINE, 0, 0) for rows, size_bytes, key in kinds]
+        for request, life_ns in zip(requests, lives_ns, strict=False):
+            request.deadline_ns = self.now_ns + life_ns
+        rows, size_bytes = sum(each.rows for each in requests), sum(each.size_bytes for each in requests)
+        all_of_them = Asking(rows, size_bytes, "", min(each.deadline_ns for each in requests), 0, 0)
+        expected = self.model.refusal(all_of_them, self.now_ns)
+        error = self.queue.try_offer_together(requests, self.now_ns)
+        assert type(error) is (expected or type(None))
+        if error is None:
+            for request in requests:
+                self.model.accept(request, self.now_ns)
+            self.accepted += requests
+
     @rule(step_ns=st.integers(1, 5))
     def time_passes(self, step_ns: int) -> None:
         self.now_ns += step_ns

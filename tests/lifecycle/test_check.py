@@ -56,6 +56,16 @@ def test_a_model_that_cannot_batch_says_which_tensor_keeps_it_from_that(reposito
     assert is_said(said["fixed"], "dynamic_batching: none")
 
 
+def test_a_model_that_splits_requests_says_so(repository, checked):
+    more = 'parameters { key: "split_requests" value { string_value: "true" } }'
+    models.write_model(repository, "split", models.identity(), max_batch_size=4, more=more)
+    models.write_model(repository, "whole", models.identity(), max_batch_size=4)
+    code, said = checked()
+    assert code == 0
+    assert is_said(said["split"], "split_requests: requests of more than 4 rows are queued in parts")
+    assert not is_said(said["whole"], "split_requests")
+
+
 def test_broken_models_are_marked_and_the_others_still_checked(repository, checked):
     models.write_model(repository, "good", models.identity(), max_batch_size=8)
     file = models.write_model(repository, "bad_file", models.identity()) / "1" / "model.onnx"

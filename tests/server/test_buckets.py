@@ -161,6 +161,16 @@ def test_equal_requests_of_a_padded_batch_are_cached_as_they_are_answered(start_
     assert (found.inference_stats.cache_hit.count, found.inference_stats.cache_miss.count) == (2, 2)
 
 
+def test_a_cache_tells_requests_of_equal_bytes_apart_that_are_padded_to_one_shape(start_server, repository):
+    both = {name: {"sizes": [8], "axes": {"X": axis, "Y": axis}} for axis, name in enumerate(("high", "wide"))}
+    more = buckets(both) + "response_cache { enable: true }"
+    models.write_model(repository, "image", models.identity("FP32", ("N", "H", "W")), max_batch_size=4, more=more)
+    server = start_server(repository, http=None, metrics=None, models={"cache_bytes": 1 << 20})
+    for shape in ((1, 2, 6), (1, 3, 4), (1, 2, 6)):
+        x = np.arange(12, dtype=np.float32).reshape(shape)
+        np.testing.assert_array_equal(answer_arrays(server.infer(infer_request("image", {"X": x})))["Y"], x)
+
+
 def test_inputs_of_different_lengths_are_refused_and_nobody_else_is_harmed(server):
     code, text = server.refusal("ModelInfer", request("attention", words(5), np.ones((1, 6), np.int64)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
@@ -280,3 +290,10 @@ def test_padding_of_numbers_that_a_type_does_not_hold_is_refused():
     ):
         with pytest.raises(BadOption, match=expected):
             read(name, pad)
+
+
+def test_ragged_batches_are_not_padded(model_config):
+    config = model_config(batch_buckets="4")
+    config.input[0].allow_ragged_batch = True
+    with pytest.raises(BadOption, match="'batch_buckets' is '4', expected no value: ragged batches are not padded"):
+        read_buckets(config)

@@ -125,6 +125,76 @@ def twice() -> bytes:
     return build([node], [tensor("X", dims=("N", "L"))], [tensor("Y", dims=("N", "L2"))])
 
 
+RAGGED_INPUTS = """
+input { name: "X" data_type: TYPE_FP32 dims: [ -1, -1 ] allow_ragged_batch: true }
+input { name: "INDEX" data_type: TYPE_INT64 dims: 1 }
+"""
+RAGGED_OUTPUTS = """
+output { name: "SUM" data_type: TYPE_FP32 dims: 1 }
+output { name: "COUNTS" data_type: TYPE_FP32 dims: 2 }
+output { name: "SHAPE" data_type: TYPE_INT32 dims: 2 }
+output { name: "FLAT" data_type: TYPE_INT64 dims: 2 }
+output { name: "PICKED" data_type: TYPE_FP32 dims: 1 }
+output { name: "TWICE" data_type: TYPE_FP32 dims: [ -1, -1 ] }
+"""
+RAGGED_MADE = """
+batch_input { kind: BATCH_ELEMENT_COUNT target_name: "COUNT" data_type: TYPE_FP32 source_input: "X" }
+batch_input { kind: BATCH_ACCUMULATED_ELEMENT_COUNT target_name: "ENDS" data_type: TYPE_FP32 source_input: "X" }
+batch_input {
+  kind: BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO target_name: "BOUNDS" data_type: TYPE_INT32 source_input: "X"
+}
+batch_input { kind: BATCH_MAX_ELEMENT_COUNT_AS_SHAPE target_name: "MOST" data_type: TYPE_INT32 source_input: "X" }
+batch_input { kind: BATCH_ITEM_SHAPE target_name: "SIZES" data_type: TYPE_INT32 source_input: "X" }
+batch_input { kind: BATCH_ITEM_SHAPE_FLATTEN target_name: "SIZE_LIST" data_type: TYPE_INT64 source_input: "X" }
+batch_output { kind: BATCH_SCATTER_WITH_INPUT_SHAPE target_name: "TWICE" source_input: "X" }
+"""
+
+
+def ragged() -> bytes:
+    """A model of ragged batches, which RAGGED_INPUTS, RAGGED_OUTPUTS and RAGGED_MADE configure.
+
+    X FP32 [elements], INDEX INT64 [rows,1] -> SUM [requests,1] of X by BOUNDS, COUNTS [requests,2] (COUNT, ENDS and the
+    size of MOST added to both), SHAPE [rows,2] and FLAT [rows,2] of SIZES and SIZE_LIST, PICKED as `gather`, and TWICE
+    [elements], which is 2 X.
+    """
+    nodes = [
+        helper.make_node("CumSum", ["X", "axis0"], ["running"]),
+        helper.make_node("Concat", ["nothing", "running"], ["sums"], axis=0),
+        helper.make_node("Gather", ["sums", "BOUNDS"], ["at_bounds"]),
+        helper.make_node("Slice", ["at_bounds", "one", "far"], ["until"]),
+        helper.make_node("Slice", ["at_bounds", "zero", "last"], ["before"]),
+        helper.make_node("Sub", ["until", "before"], ["sum"]),
+        helper.make_node("Unsqueeze", ["sum", "one"], ["SUM"]),
+        helper.make_node("Unsqueeze", ["COUNT", "one"], ["count"]),
+        helper.make_node("Unsqueeze", ["ENDS", "one"], ["ends"]),
+        helper.make_node("Concat", ["count", "ends"], ["both"], axis=1),
+        helper.make_node("Shape", ["MOST"], ["most"]),
+        helper.make_node("Cast", ["most"], ["most_float"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["both", "most_float"], ["COUNTS"]),
+        helper.make_node("Identity", ["SIZES"], ["SHAPE"]),
+        helper.make_node("Reshape", ["SIZE_LIST", "pairs"], ["FLAT"]),
+        helper.make_node("Gather", ["table", "INDEX"], ["PICKED"]),
+        helper.make_node("Add", ["X", "X"], ["TWICE"]),
+    ]
+    constants = {
+        "axis0": np.int64(0),
+        "nothing": np.zeros(1, np.float32),
+        "table": np.array([0.0, 10.0, 20.0, 30.0], np.float32),
+        "pairs": np.array([-1, 2], np.int64),
+    }
+    constants |= {name: np.array([value], np.int64) for name, value in (("zero", 0), ("one", 1), ("last", -1))}
+    constants["far"] = np.array([1 << 40], np.int64)
+    inputs = [tensor("X", dims=("T",)), tensor("INDEX", "INT64", ("N", 1))]
+    inputs += [tensor(name, dims=("R",)) for name in ("COUNT", "ENDS")]
+    inputs += [tensor("BOUNDS", "INT32", ("R1",)), tensor("MOST", "INT32", ("M",))]
+    inputs += [tensor("SIZES", "INT32", ("N", 2)), tensor("SIZE_LIST", "INT64", ("N2",))]
+    outputs = [tensor("SUM", dims=("R", 1)), tensor("COUNTS", dims=("R", 2))]
+    outputs += [tensor("SHAPE", "INT32", ("N", 2)), tensor("FLAT", "INT64", ("N", 2))]
+    outputs += [tensor("PICKED", dims=("N", 1)), tensor("TWICE", dims=("T",))]
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    return build(nodes, inputs, outputs, initializers)
+
+
 def slow(iterations: int) -> bytes:
     """X -> Y unchanged, FP32 [N,1], after a loop that takes about a second for each million iterations."""
     body = helper.make_graph(

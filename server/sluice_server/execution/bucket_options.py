@@ -13,6 +13,7 @@ import numpy as np
 from sluice_proto.tensors import BY_CONFIG_TYPE
 from sluice_server.execution.buckets import Bucket, Buckets
 from sluice_server.execution.parameters import BadOption, parameter_values
+from sluice_server.execution.ragged import is_ragged
 from sluice_server.graph import VARIABLE
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def read_buckets(config: ModelConfig) -> Buckets | None:
             raise BadOption(
                 config.name, key, parameters[key], "no value: max_batch_size is 0 or 1, or dynamic_batching is missing"
             )
+        if key in parameters and is_ragged(config):
+            raise BadOption(config.name, key, parameters[key], "no value: ragged batches are not padded")
     shapes = _Shapes(config, parameters[SHAPES]).read() if SHAPES in parameters else ()
     batches = _batch_sizes(config, parameters[BATCHES]) if BATCHES in parameters else ()
     return Buckets(config.name, shapes, batches)

@@ -30,12 +30,10 @@ from sluice_server.errors import Internal, InvalidArgument
 from sluice_server.execution import shared_memory
 from sluice_server.execution.instance import check_rows
 from sluice_server.graph import format_shape
-from sluice_server.protocol.encode import Encoder
+from sluice_server.protocol.encode import CuttingEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from typing_extensions import Buffer
+    from collections.abc import Mapping, Sequence
 
     from sluice_server.execution.instance import Gather
     from sluice_server.execution.request import InferRequest
@@ -146,7 +144,7 @@ class _Gatherer:
         return next((bucket.pad[name] for bucket in self._buckets.shapes if name in bucket.pad), 0)
 
 
-class CuttingEncoder(Encoder):
+class PaddedEncoder(CuttingEncoder):
     """Encodes the answers of batches that were padded, each cut out of the model's outputs."""
 
     __slots__ = ("_buckets",)
@@ -155,24 +153,15 @@ class CuttingEncoder(Encoder):
         super().__init__(interface)
         self._buckets = buckets
 
-    def __call__(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
-        """The parts of each answer, in the order of the batch; Internal when the outputs are not as declared."""
-        return [super(CuttingEncoder, self).__call__([request], own)[0] for request, own in self._apart(batch, arrays)]
-
-    def payloads(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
-        """As the encoder's, of the arrays that are cut."""
-        return [super(CuttingEncoder, self).payloads([request], own)[0] for request, own in self._apart(batch, arrays)]
-
-    def _apart(
-        self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]
-    ) -> Iterator[tuple[InferRequest, list[np.ndarray]]]:
-        """Each request with its own rows of the outputs, without what its padding made of them."""
+    def apart(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """Each request's own rows, without what the padding made of them."""
         rows = _first_from(self._buckets.batch_sizes, sum([request.rows for request in batch]))
         names = batch[0].output_names
         for name, array in zip(names, arrays, strict=True):
             check_rows(name, array, rows)
         axes = self._padded_axes(names, arrays, batch[0])
         start = 0
+        cut = []
         for request in batch:
             stop = start + request.rows
             own = [array[start:stop] for array in arrays]
@@ -180,7 +169,8 @@ class CuttingEncoder(Encoder):
             for place, axis, bucket in axes:
                 length = _length(bucket, request.arrays if request.shared is None else _shapes_of(request))
                 own[place] = own[place][(slice(None),) * axis + (slice(length),)]
-            yield request, own
+            cut.append(own)
+        return cut
 
     def _padded_axes(
         self, names: Sequence[str], arrays: Sequence[np.ndarray], request: InferRequest

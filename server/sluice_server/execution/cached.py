@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sluice_batching import BatchingError, BatchQueue, RunTimes
     from sluice_proto.model_config_pb2 import ModelConfig
-    from sluice_server.execution.instance import Answers, Gather, Instance
+    from sluice_server.execution.instance import Answers, Cut, Gather, Instance
     from sluice_server.execution.model_cache import ModelCache
     from sluice_server.execution.request import InferRequest
     from sluice_server.execution.response_cache import Payload
@@ -48,6 +48,7 @@ class CachingRunner(BatchRunner):
         has_batch_dimension: bool,
         run_times: RunTimes | None = None,
         gather: Gather | None = None,
+        cut: Cut | None = None,
     ) -> None:
         encode = functools.partial(_encode, encoder)
         super().__init__(
@@ -57,6 +58,7 @@ class CachingRunner(BatchRunner):
             has_batch_dimension=has_batch_dimension,
             run_times=run_times,
             gather=gather,
+            cut=cut,
         )
         self.cache = cache
         self.on_promoted: Callable[[list[InferRequest]], None] = _nobody

@@ -423,7 +423,8 @@ class EnsembleRun:
         output_names = self._plan.outputs[number]
         key: Hashable = (STEP, output_names)
         if interface.variable:
-            dims = {name: array.shape[interface.batch_dims :] for name, array in arrays.items()}
+            keyed = ((name, arrays[name]) for name in interface.keyed_inputs if name in arrays)
+            dims = {name: array.shape[interface.batch_dims :] for name, array in keyed}
             key = (STEP, output_names, *(dims.items() if interface.buckets is None else interface.buckets.key(dims)))
         call = part.call(self, number, request.deadline_ns, part.gate)
         make = PrioritizedRequest if interface.prioritizes else InferRequest

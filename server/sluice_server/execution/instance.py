@@ -68,6 +68,13 @@ class Gather(Protocol):
         """The inputs of a batch, with the rows of all of its requests in order."""
 
 
+class Cut(Protocol):
+    """What an instance needs to tell the outputs of a batch apart, where they are not just rows."""
+
+    def __call__(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> Sequence[Sequence[np.ndarray]]:
+        """Each request's own outputs, in the order of the batch."""
+
+
 class BatchRunner:
     """Runs batches of one model version and resolves every request of them; used by all its instances at once."""
 
@@ -81,30 +88,36 @@ class BatchRunner:
         run_times: RunTimes | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         gather: Gather | None = None,
+        cut: Cut | None = None,
     ) -> None:
         """`run_times` is what the model's queue predicts from: every run is recorded in it. `gather` makes the model's
-        inputs where they are not just the rows of the requests one behind the other.
+        inputs where they are not just the rows of the requests one behind the other, and `cut` tells its outputs apart
+        where those are not; `encode` then checks their rows itself.
         """
         self._encode = encode
         self._gather: Gather = gather_rows if gather is None else gather
         self._statistics = statistics
         self._to_status = to_status
         self._run_times = run_times or RunTimes()
-        self._has_batch_dimension = has_batch_dimension
+        self._cut = cut
+        self._has_batch_dimension = has_batch_dimension and cut is None
         self._clock = clock
         self._serves_steps = False
 
-    def serve_steps(self, interface: ModelInterface, *, arrays: bool) -> None:
+    def serve_steps(self, interface: ModelInterface, *, arrays: bool) -> bool:
         """Answer the steps of ensembles too from now on, with `arrays` where it is no use to encode the outputs.
 
-        What a batch of them makes ready goes on as a batch. `interface` is the model's.
+        What a batch of them makes ready goes on as a batch. `interface` is the model's. Gives whether it is arrays:
+        not where outputs are not just the rows of the requests one behind the other.
         """
+        arrays = arrays and self._cut is None
         if self._serves_steps:
-            return
+            return arrays
         self._serves_steps = True
         self.send = functools.partial(collected, self.send)  # type: ignore[method-assign] # only a part pays for it
         if arrays:
             self._encode = HandOver(self._encode, interface)
+        return arrays
 
     def run(self, session: Runnable, batch: list[InferRequest], earlier: Answers) -> Answers:
         """Run a batch of requests with equal keys; give the answers that are left to send, the others have their error.
@@ -136,7 +149,7 @@ class BatchRunner:
             self._fail(batch, error, FailureReason.OTHER)
             return earlier
         if self._record(batch, started_ns, gathered_ns, computed_ns):
-            self._show(batch, feeds, dict(zip(names, outputs, strict=True)))
+            self._show(batch, feeds, outputs)
         return self._answered(batch, answers)
 
     def run_and_send(self, session: Runnable, batch: list[InferRequest]) -> None:
@@ -176,10 +189,13 @@ class BatchRunner:
         """What is to be sent for a batch that has run."""
         return deque(zip([request.call for request in batch], answers, strict=True))
 
-    def _record(self, batch: list[InferRequest], started_ns: int, gathered_ns: int, computed_ns: int) -> bool:
-        """Count the batch; whether any request of it is traced."""
+    def _record(
+        self, batch: list[InferRequest], started_ns: int, gathered_ns: int, computed_ns: int, *, other_rows: int = 0
+    ) -> bool:
+        """Count the batch; whether any request of it is traced. `other_rows` ran with it, and count as no request."""
         ended_ns = self._clock()
-        rows = queued_ns = received_ns = 0
+        rows = other_rows
+        queued_ns = received_ns = 0
         sampled = False
         for request in batch:
             rows += request.rows
@@ -218,17 +234,19 @@ class BatchRunner:
             )
         return True
 
-    @staticmethod
-    def _show(batch: list[InferRequest], feeds: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-        """Let the traced requests see their own rows."""
+    def _show(self, batch: list[InferRequest], feeds: Mapping[str, np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Let the traced requests see their own tensors; where feeds are no rows, those that came in messages."""
         whole = slice(None)
         row = 0
-        for request in batch:
+        cut = None if self._cut is None else self._cut(batch, outputs)
+        for place, request in enumerate(batch):
             rows = whole if len(batch) == 1 else slice(row, row + request.rows)
             row += request.rows
             if isinstance(request.call, TracedCall):
-                request.call.show("TENSOR_QUEUE_INPUT", ((name, array[rows]) for name, array in feeds.items()))
-                request.call.show("TENSOR_BACKEND_OUTPUT", ((name, array[rows]) for name, array in outputs.items()))
+                shown = {name: array[rows] for name, array in feeds.items()} if cut is None else request.arrays
+                own = [array[rows] for array in outputs] if cut is None else cut[place]
+                request.call.show("TENSOR_QUEUE_INPUT", shown.items())
+                request.call.show("TENSOR_BACKEND_OUTPUT", zip(request.output_names, own, strict=True))
 
     def _fail(self, requests: Sequence[InferRequest], error: Exception, reason: FailureReason) -> None:
         now_ns = self._clock()

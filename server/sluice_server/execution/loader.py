@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes, SloTuner
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
 from sluice_server.execution.bucket_options import read_buckets
-from sluice_server.execution.buckets import CuttingEncoder, gatherer
+from sluice_server.execution.buckets import PaddedEncoder, gatherer
 from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.ensemble import EnsembleModel, Part
 from sluice_server.execution.gate import Gate
@@ -27,8 +27,10 @@ from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.priorities import NS_PER_US, priorities_of
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
+from sluice_server.execution.ragged import RaggedEncoder, RaggedGatherer, is_ragged
 from sluice_server.execution.rate_limit import LimitedInstance, claim_of
 from sluice_server.execution.session import Session
+from sluice_server.execution.split import PARTS_MAX, SplittingModel, SplittingRunner, read_split
 from sluice_server.execution.step import ArraysCall, BytesCall
 from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.execution.warmup import warm_up
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig, ModelRateLimiter
     from sluice_server.execution.buckets import Buckets
-    from sluice_server.execution.instance import Gather
     from sluice_server.execution.options import OptionPlan
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
@@ -114,6 +115,8 @@ class PreparedModel:
     buckets: Buckets | None
     slo_ns: int
     """The latency objective; 0: there is none."""
+    splits: bool
+    """Whether requests of more rows than max_batch_size are taken, and split."""
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -155,7 +158,9 @@ def prepare(
         default_max_batch_size=settings.default_max_batch_size,
     )
     labels = read_labels(completed, directory.path)
-    return PreparedModel(completed, tuple(groups), labels, read_buckets(completed), read_slo_ns(completed))
+    return PreparedModel(
+        completed, tuple(groups), labels, read_buckets(completed), read_slo_ns(completed), read_split(completed)
+    )
 
 
 def _placements(config: ModelConfig) -> dict[int, list[ModelInstanceGroup]]:
@@ -166,14 +171,6 @@ def _placements(config: ModelConfig) -> dict[int, list[ModelInstanceGroup]]:
         for device in (CPU_DEVICE,) if on_cpu else tuple(group.gpus) or (0,):
             placements.setdefault(device, []).append(group)
     return placements
-
-
-class _How(TypedDict):
-    """What both kinds of runners are told."""
-
-    has_batch_dimension: bool
-    run_times: RunTimes
-    gather: Gather | None
 
 
 class ModelLoader:
@@ -213,6 +210,8 @@ class ModelLoader:
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
         buckets = prepared.buckets
         interface = ModelInterface.of(completed, version, scalars, prepared.labels, buckets)
+        if prepared.splits:
+            interface = replace(interface, max_request_rows=interface.max_batch_rows * PARTS_MAX)
         policy = self._queue_policy(completed)
         run_times = _run_times(prepared)
         queue: BatchQueue[InferRequest] = BatchQueue(policy, run_times=run_times)
@@ -221,19 +220,15 @@ class ModelLoader:
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
-        encoder, gather = Encoder(interface), None
-        has_rows = interface.max_batch_rows > 0
-        if buckets is not None:
-            # Its outputs have the rows of the padding too, and it checks them itself.
-            encoder, gather, has_rows = CuttingEncoder(interface, buckets), gatherer(buckets, interface), False
-        how = _How(has_batch_dimension=has_rows, run_times=run_times, gather=gather)
-        make_model: Callable[..., ServedModel] = ServedModel
+        encoder, seams = _seams(completed, interface, buckets)
+        make_model: Callable[..., ServedModel] = SplittingModel if prepared.splits else ServedModel
         if cache is None:
-            runner = BatchRunner(encoder, statistics, self._to_status, **how)
+            make_runner = SplittingRunner if prepared.splits else BatchRunner
+            runner = make_runner(encoder, statistics, self._to_status, run_times=run_times, **seams)
         else:
             make_model = CachedModel
             model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
-            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, **how)
+            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, run_times=run_times, **seams)
         instances = [
             self._instance(f"{completed.name}-{number}", queue, group, number, runner)
             for group in prepared.groups
@@ -324,6 +319,18 @@ def _run_times(prepared: PreparedModel) -> RunTimes:
     if not prepared.slo_ns:
         return RunTimes(instances)
     return SloTuner(prepared.slo_ns, max(1, prepared.config.max_batch_size), instances)
+
+
+def _seams(config: ModelConfig, interface: ModelInterface, buckets: Buckets | None) -> tuple[Encoder, dict[str, Any]]:
+    """What encodes a model's answers, and the named arguments of its runner: how its batches are made and cut."""
+    seams: dict[str, Any] = {"has_batch_dimension": interface.max_batch_rows > 0}
+    if buckets is not None:
+        padded = PaddedEncoder(interface, buckets)
+        return padded, seams | {"gather": gatherer(buckets, interface), "cut": padded.apart}
+    if is_ragged(config):
+        ragged = RaggedEncoder(interface, config)
+        return ragged, seams | {"gather": RaggedGatherer(config), "cut": ragged.apart}
+    return Encoder(interface), seams
 
 
 def _queue_of_followers(policy: QueuePolicy) -> BatchQueue[InferRequest]:

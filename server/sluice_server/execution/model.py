@@ -136,10 +136,8 @@ class ServedModel(Served):
         return True
 
     def answers_in_arrays(self) -> bool:
-        """Answer the steps of ensembles from now on; whether with arrays, which padded outputs are not fit for."""
-        arrays = self.interface.buckets is None
-        self._runner.serve_steps(self.interface, arrays=arrays)
-        return arrays
+        """Answer the steps of ensembles from now on; whether with arrays."""
+        return self._runner.serve_steps(self.interface, arrays=True)
 
     def waiting(self) -> Waiting:
         """What waits in the queue."""

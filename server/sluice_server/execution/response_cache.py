@@ -143,15 +143,25 @@ class Fingerprints:
     Two threads that meet a new specification at once may give it two numbers: a hit is lost, nothing more.
     """
 
-    __slots__ = ("_digest", "_inputs", "_numbers", "_only_input", "_owner", "_plain_specs", "_specs")
+    __slots__ = (
+        "_digest",
+        "_inputs",
+        "_key_tells_shapes",
+        "_numbers",
+        "_only_input",
+        "_owner",
+        "_plain_specs",
+        "_specs",
+    )
 
     def __init__(self, interface: ModelInterface, owner: bytes, digest: Digest) -> None:
         self._digest = digest
         self._owner = owner
         self._inputs = tuple(interface.inputs.values())
+        self._key_tells_shapes = interface.key_tells_shapes
         # The only input of a fixed-size type: its view of the message is all that there is to hash.
         single = len(self._inputs) == 1 and self._inputs[0].dtype.itemsize and not self._inputs[0].optional
-        self._only_input = self._inputs[0].name if single else ""
+        self._only_input = self._inputs[0].name if single and self._key_tells_shapes else ""
         self._numbers = itertools.count()
         self._specs: dict[Hashable, Spec] = {}
         # By what a plain request carries with it already.
@@ -176,7 +186,7 @@ class Fingerprints:
         return list(zip(digests, itertools.repeat(prefix), contents, strict=False))  # the prefix has no end
 
     def _of_one(self, request: InferRequest) -> Fingerprint:
-        is_plain = request.classes is None and request.shared is None
+        is_plain = request.classes is None and request.shared is None and self._key_tells_shapes
         seed, prefix = self._plain_spec(request) if is_plain else self._spec(request)
         arrays = request.arrays
         parts: tuple[Any, ...] = tuple(

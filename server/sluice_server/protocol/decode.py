@@ -100,7 +100,7 @@ def decode(
     key: Any = output_names
     if interface.variable:
         first = 1 if interface.max_batch_rows else 0
-        dims = {name: arrays[name].shape[first:] for name in interface.inputs if name in arrays}
+        dims = {name: arrays[name].shape[first:] for name in interface.keyed_inputs if name in arrays}
         key = (output_names, *(dims.items() if interface.buckets is None else interface.buckets.key(dims)))
     shared = None
     if windows or Window in map(type, sources):
@@ -310,7 +310,7 @@ def _count_text(by_name: dict[str, Any], interface: ModelInterface) -> str:
 
 def _batch_rows(message: ModelInferRequest, interface: ModelInterface) -> int:
     """The request's rows: dimension 0, equal in all inputs; 1 for a model without a batch dimension."""
-    limit = interface.max_batch_rows
+    limit = interface.max_request_rows
     if limit == 0:
         return 1
     rows = None

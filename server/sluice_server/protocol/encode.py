@@ -8,6 +8,7 @@ it. Elements of BYTES have no fixed size, so these outputs are cut as arrays.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from itertools import accumulate, repeat
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -139,6 +140,26 @@ class Encoder:
                 self._heads.clear()
             head = self._heads[key] = response.SerializeToString()
         return head
+
+
+class CuttingEncoder(Encoder):
+    """Encodes the answers of batches whose outputs are not just the rows of the requests one behind the other."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def apart(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """Each request's own outputs, in the order of the batch; Internal when they are not as declared."""
+
+    def __call__(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
+        """The parts of each answer, in the order of the batch; raises what `apart` does."""
+        each = zip(batch, self.apart(batch, arrays), strict=True)
+        return [super(CuttingEncoder, self).__call__([request], own)[0] for request, own in each]
+
+    def payloads(self, batch: Sequence[InferRequest], arrays: Sequence[np.ndarray]) -> list[list[Buffer]]:
+        """As the encoder's, of the arrays that are cut."""
+        each = zip(batch, self.apart(batch, arrays), strict=True)
+        return [super(CuttingEncoder, self).payloads([request], own)[0] for request, own in each]
 
 
 def answer_of(request: InferRequest, payload: bytes | Sequence[Buffer]) -> list[Buffer]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from sluice_proto.model_config_pb2 import ModelInput
 from sluice_proto.tensors import BY_CONFIG_TYPE, DType
 from sluice_server.errors import Internal
 from sluice_server.graph import VARIABLE, format_shape
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
+    from sluice_proto.model_config_pb2 import ModelConfig, ModelOutput
     from sluice_server.execution.buckets import Buckets
 
 NO_LABELS: Mapping[str, tuple[bytes, ...]] = MappingProxyType({})
@@ -29,6 +30,7 @@ class TensorInterface:
     `graph_dims` are the dims of the graph's own tensor where they are others: by `reshape`, or because a configuration
     cannot write a scalar, which is [1] there. They hold as many elements, and as many open dimensions in the same
     order. `labels` are the names of the classes of an output, by their index; an empty one is none.
+    Requests whose shapes of a `ragged` input differ may share a batch.
     """
 
     name: str
@@ -37,6 +39,7 @@ class TensorInterface:
     optional: bool
     graph_dims: tuple[int, ...] | None = None
     labels: tuple[bytes, ...] = ()
+    ragged: bool = False
 
     @property
     def variable(self) -> bool:
@@ -79,22 +82,33 @@ def has_queue_policy(config: ModelConfig) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ModelInterface:
-    """The tensors of one model version. `max_batch_rows` is 0 for a model without a batch dimension."""
+    """The tensors of one model version. `max_batch_rows` is 0 for a model without a batch dimension.
+
+    `max_request_rows` is the same, or more where larger requests are split.
+    """
 
     name: str
     version: str
     max_batch_rows: int
+    max_request_rows: int
     inputs: dict[str, TensorInterface]
     outputs: dict[str, TensorInterface]
     output_names: tuple[str, ...]
     required_inputs: int
     variable: bool
     """Whether two valid requests may differ in more than their rows, so that a batch key must tell them apart."""
+    keyed_inputs: tuple[str, ...]
+    """The inputs whose shapes requests of one batch have in common: all but the ragged ones."""
     buckets: Buckets | None = None
-    """How requests of different shapes share a batch; None: not at all."""
+    """How requests share a batch whose shapes differ and are padded; None: they do not."""
     prioritizes: bool = False
     """Whether the queue decides what a request's `priority` and `timeout` mean. Else there are no priorities, and the
     timeout is a deadline."""
+
+    @property
+    def key_tells_shapes(self) -> bool:
+        """Whether requests with equal batch keys and rows have inputs of equal shapes."""
+        return self.buckets is None and len(self.keyed_inputs) == len(self.inputs)
 
     @classmethod
     def of(
@@ -117,6 +131,7 @@ class ModelInterface:
                 optional,
                 () if item.name in scalars else graph_dims,
                 labels.get(item.name, ()),
+                isinstance(item, ModelInput) and item.allow_ragged_batch,
             )
 
         inputs = {item.name: read(item, optional=item.optional or item.name in masks) for item in config.input}
@@ -125,11 +140,13 @@ class ModelInterface:
             name=config.name,
             version=str(version),
             max_batch_rows=config.max_batch_size,
+            max_request_rows=config.max_batch_size,
             inputs=inputs,
             outputs=outputs,
             output_names=tuple(outputs),
             required_inputs=sum(not tensor.optional for tensor in inputs.values()),
-            variable=any(tensor.variable or tensor.optional for tensor in inputs.values()),
+            variable=any((tensor.variable and not tensor.ragged) or tensor.optional for tensor in inputs.values()),
+            keyed_inputs=tuple(name for name, tensor in inputs.items() if not tensor.ragged),
             buckets=buckets,
             prioritizes=has_queue_policy(config),
         )

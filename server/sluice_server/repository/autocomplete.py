@@ -12,6 +12,7 @@ from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_sha
 from sluice_server.repository import ensembles
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.fields import check_fields
+from sluice_server.repository.ragged import check_ragged, made_inputs
 from sluice_server.repository.validate import (
     BACKEND,
     PLATFORM,
@@ -44,8 +45,8 @@ def normalize(
     """Give a copy with every default filled in that needs no model file; None stands for a missing config.pbtxt.
 
     That is all that is needed to choose versions and to open the model file; of an ensemble, which has none, it is
-    everything. Raises ConfigError for whatever is
-    wrong with the configuration itself, fields that are not implemented included.
+    everything. Raises ConfigError for whatever is wrong with the configuration itself, fields that are not implemented
+    included; what it says of ragged batching needs all tensors, and is checked by `complete`.
     """
     if config is None and not auto_complete:
         raise ConfigError(f"model '{name}' has no config.pbtxt, and auto-complete is off", model=name)
@@ -101,12 +102,14 @@ def complete(
     if auto_complete and needs_tensors(filled):
         _fill_batching(filled, signature, default_max_batch_size)
         batch_dims = 1 if filled.max_batch_size else 0
-        for tensors, specs in ((filled.input, signature.inputs), (filled.output, signature.outputs)):
+        made = made_inputs(filled)
+        inputs = [spec for spec in signature.inputs if not spec.optional and spec.name not in made]
+        for tensors, specs in ((filled.input, inputs), (filled.output, signature.outputs)):
             if not tensors:
                 for spec in specs:
-                    if not spec.optional:
-                        _fill_tensor(tensors.add(), spec, batch_dims, filled.name)
+                    _fill_tensor(tensors.add(), spec, batch_dims, filled.name)
         check_config(filled, filled.name)
+    check_ragged(filled, filled.name)
     check_graph(filled, signature)
     return filled
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup
+from sluice_proto.model_config_pb2 import BatchInput, BatchOutput, ModelConfig, ModelInput, ModelInstanceGroup
 from sluice_proto.tensors import BY_CONFIG_TYPE
 from sluice_server.graph import GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.autocomplete import fixed_tensor
 from sluice_server.repository.ensembles import graph_of, version_of
+from sluice_server.repository.ragged import made_inputs
 from sluice_server.repository.validate import Tensor
 
 
@@ -25,7 +26,8 @@ def explain(written: ModelConfig | None, completed: ModelConfig, signature: Grap
         f"model_warmup '{sample.name}': run {max(1, sample.count)} time(s) on each instance before the version is ready"
         for sample in completed.model_warmup
     ]
-    lines += _tensors("input", before.input, completed.input, signature.inputs)
+    lines += _ragged(completed)
+    lines += _tensors("input", before.input, completed.input, signature.inputs, made_inputs(completed))
     lines += _tensors("output", before.output, completed.output, signature.outputs)
     lines.append(_versions(before, completed))
     lines += _instances(before, completed)
@@ -80,11 +82,24 @@ def _scheduler(written: ModelConfig, completed: ModelConfig) -> str:
     return f"dynamic_batching: {origin}; preferred batch sizes {sizes}; queue delay at most {delay} us"
 
 
+def _ragged(completed: ModelConfig) -> Iterator[str]:
+    for tensor in completed.input:
+        if tensor.allow_ragged_batch:
+            yield f"input '{tensor.name}': ragged, requests of any shapes share a batch; the model gets it flat"
+    for made in completed.batch_input:
+        names = ", ".join(f"'{name}'" for name in made.target_name)
+        yield f"batch_input {names}: {BatchInput.Kind.Name(made.kind)} of '{made.source_input[0]}', made for each batch"
+    for cut in completed.batch_output:
+        names = ", ".join(f"'{name}'" for name in cut.target_name)
+        yield f"batch_output {names}: {BatchOutput.Kind.Name(cut.kind)}, cut by the shapes of '{cut.source_input[0]}'"
+
+
 def _tensors(
     kind: str,
     written: Sequence[Tensor],
     completed: Sequence[Tensor],
     specs: tuple[TensorSpec, ...],
+    made: frozenset[str] = frozenset(),
 ) -> Iterator[str]:
     origin = "from the configuration" if written else "filled in from the model file"
     shapes = {spec.name: spec.shape for spec in specs}
@@ -96,7 +111,7 @@ def _tensors(
         if tensor.HasField("reshape"):
             dims += f" reshaped to {format_shape(tensor.reshape.shape)}"
         yield f"{kind} '{tensor.name}': {datatype} {dims}{optional}, {origin}; the model file says {model}"
-    listed = {tensor.name for tensor in completed}
+    listed = {tensor.name for tensor in completed} | made
     for spec in specs:
         if spec.name not in listed:
             why = "keeps its value from the model file" if kind == "input" else "is not served"

@@ -8,6 +8,7 @@ from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstance
 from sluice_proto.tensors import BY_CONFIG_TYPE
 from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.errors import ConfigError, ModelLoadError
+from sluice_server.repository.ragged import check_ragged_graph, made_inputs
 
 PLATFORM: Final = "onnxruntime_onnx"
 BACKEND: Final = "onnxruntime"
@@ -100,6 +101,7 @@ def check_graph(config: ModelConfig, signature: GraphSignature) -> None:
             raise ModelLoadError(
                 f"unexpected inference {kind} '{tensor.name}', allowed {kind}s are: {allowed}", model=config.name
             )
+    check_ragged_graph(config, inputs)
     _check_presence(config, signature)
     for tensor in config.input:
         spec = inputs[tensor.name]
@@ -110,10 +112,13 @@ def check_graph(config: ModelConfig, signature: GraphSignature) -> None:
                 model=config.name,
             )
         _check_datatype(config, "input", tensor, spec)
-        _check_dims(config, tensor, spec)
+        if not tensor.allow_ragged_batch:
+            _check_dims(config, tensor, spec)
+    scattered = {name for item in config.batch_output for name in item.target_name}
     for output in config.output:
         _check_datatype(config, "output", output, outputs[output.name])
-        _check_dims(config, output, outputs[output.name])
+        if output.name not in scattered:  # those come out in whatever shape has their elements
+            _check_dims(config, output, outputs[output.name])
 
 
 def scalar_tensors(config: ModelConfig, signature: GraphSignature) -> frozenset[str]:
@@ -268,13 +273,13 @@ def _sizes_between_open(dims: tuple[int, ...]) -> list[int]:
 
 
 def _check_presence(config: ModelConfig, signature: GraphSignature) -> None:
-    listed = {tensor.name for tensor in config.input}
+    listed = {tensor.name for tensor in config.input} | made_inputs(config)
     missing = [spec.name for spec in signature.inputs if not spec.optional and spec.name not in listed]
     if missing:
         names = ", ".join(f"'{name}'" for name in missing)
         raise ModelLoadError(
-            f"unable to load model '{config.name}', configuration expects {len(config.input)} inputs,"
-            f" model provides {len(config.input) + len(missing)}: missing {names}",
+            f"unable to load model '{config.name}', configuration expects {len(listed)} inputs,"
+            f" model provides {len(listed) + len(missing)}: missing {names}",
             model=config.name,
         )
     if not config.output:
