@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sluice_server.execution.model import ServedModel
+    from sluice_server.execution.response_cache import ResponseCache
+
+MEMORY = "memory"
+"""The folder of the shared memory objects."""
 
 REGION = "region"
 REGION_BYTES = 4096
@@ -78,15 +82,21 @@ class Serving(NamedTuple):
 
 
 @contextmanager
-def serving(directory: Path) -> Iterator[Serving]:
-    """The models of tests/protocol, loaded and started, with one shared memory region, its objects in a folder."""
-    repository, memory = directory / "models", directory / "memory"
-    repository.mkdir()
+def serving(directory: Path, cache: ResponseCache | None = None) -> Iterator[Serving]:
+    """The models of tests/protocol, loaded and started, with one shared memory region, its objects in a folder.
+
+    With `cache` all of the models ask for it.
+    """
+    repository, memory = directory / "models", directory / MEMORY
+    repository.mkdir(parents=True)
     memory.mkdir()
     write_models(repository)
+    if cache is not None:
+        for config in repository.glob("*/config.pbtxt"):
+            config.write_text(f"{config.read_text()}\nresponse_cache {{ enable: true }}\n")
     timer, to_status, control = ExpiryTimer(), StatusMapper(), ControlPolicy()
     settings = ModelSettings(repositories=(repository,))
-    manager = ModelManager(Repositories([repository]), ModelLoader(settings, to_status, timer, {}))
+    manager = ModelManager(Repositories([repository]), ModelLoader(settings, to_status, timer, {}, cache=cache))
     assert not manager.start(())
     table = RegionTable(memory)
     regions = SharedMemory(table, control)
