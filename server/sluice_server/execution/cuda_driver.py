@@ -64,7 +64,7 @@ class LibCuda:
     def __init__(self, library: Any) -> None:
         """`library` has the functions of libcuda.so.1. CudaError when it cannot be used, or no GPU is there."""
         self._library = library
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # memory may be closed by the collector, in the middle of anything
         self._contexts: dict[int, ctypes.c_void_p] = {}
         """The primary context of each device that was used: what CUDA's runtime, and ONNX Runtime, use as well."""
         self._call("cuInit", ctypes.c_uint(0))
