@@ -19,6 +19,7 @@ from pathlib import Path
 
 from loadtests import h2load, machine, processes, table
 from loadtests.h2load import LoadError
+from loadtests.lengths import LengthsMeasurement
 from loadtests.models import BenchModel, generate
 from loadtests.peers import (
     CACHED,
@@ -134,6 +135,8 @@ def _measurement(
     if case.load is None:
         return LoopMeasurement(model)
     server = servers[case.who]
+    if model.variants:
+        return LengthsMeasurement(model, server, case.load, scratch)
     if case.who == ECHO:
         return EchoMeasurement(model, server, case.load, scratch)
     if case.who == SHARED:

@@ -146,11 +146,10 @@ def steady_rate(ends_us: Sequence[int], in_flight: int, elapsed_s: float) -> flo
     return counted / max(1, ends_us[-1 - in_flight] - ends_us[in_flight - 1]) * 1e6
 
 
-def check(report: Report, requests: int, answer_bytes: int) -> None:
-    """Raise LoadError unless all requests were answered with a body of this length."""
+def check(report: Report, requests: int, expected: int) -> None:
+    """Raise LoadError unless all requests were answered, with bodies that have so many bytes in all."""
     if report.succeeded != requests or report.total != requests:
         raise LoadError(f"{report.succeeded} of {requests} requests were answered with HTTP 200")
-    expected = requests * answer_bytes
     if report.data_bytes != expected:
         raise LoadError(
             f"the answers have {report.data_bytes} bytes instead of {expected}: some requests failed with a grpc-status"
@@ -174,7 +173,7 @@ def run(port: int, request: Request, load: Load, requests: int, scratch: Path) -
     if done.returncode:
         raise LoadError(f"h2load ended with exit code {done.returncode}: {done.stderr or done.stdout}")
     report = parse_report(done.stdout)
-    check(report, requests, request.answer_bytes)
+    check(report, requests, requests * request.answer_bytes)
     with log.open() as lines:
         ends_us, latencies_us = parse_log(lines)
     p50_us, p99_us = quantile(latencies_us, 0.5), quantile(latencies_us, 0.99)

@@ -3,6 +3,7 @@
 All of them run in one instance with one intra-op thread, so that the bare loop next to them has the same threads.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -25,6 +27,18 @@ SEED = 0
 THREADS = 1
 LARGE_LAYERS = (1024, 4096, 4096, 1000)
 IMAGE = (3, 224, 224)
+LENGTHS = (5, 128)
+LENGTH_REQUESTS = 128
+ENCODER_WORDS, ENCODER_WIDTH, ENCODER_TAGS, ENCODER_LAYERS = 1000, 16, 8, 2
+_ENCODER_WEIGHTS: dict[str, tuple[int, int]] = {
+    "words": (ENCODER_WORDS, ENCODER_WIDTH),
+    "tags": (ENCODER_WIDTH, ENCODER_TAGS),
+    **{
+        f"{kind}{layer}_weights": (ENCODER_WIDTH, ENCODER_WIDTH)
+        for kind in ("query", "key", "value")
+        for layer in range(ENCODER_LAYERS)
+    },
+}
 DEMO_DIGITS = Path(__file__).resolve().parents[1] / "deploy" / "models" / "digits_mlp"
 
 _THREADS_TEXT = f"""
@@ -34,8 +48,16 @@ parameters {{ key: "intra_op_thread_count" value {{ string_value: "{THREADS}" }}
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """One of several requests to a model, and the answer to it alone."""
+
+    request: bytes
+    answer: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class BenchModel:
-    """A model in the repository, with one request of one row and the answer to it."""
+    """A model in the repository, with one request of one row and the answer to it, and maybe others."""
 
     name: str
     title: str
@@ -43,12 +65,14 @@ class BenchModel:
     max_batch_rows: int
     request: bytes
     answer: NDArray[np.float32]
+    variants: tuple[Variant, ...] = ()
 
-    def is_answered_by(self, response: bytes) -> bool:
-        """Whether a ModelInferResponse holds the right answer, up to float32's rounding in a batch."""
+    def is_answered_by(self, response: bytes, answer: NDArray[np.float32] | None = None) -> bool:
+        """Whether a ModelInferResponse holds the right answer, or this one, up to float32's rounding in a batch."""
+        wanted = self.answer if answer is None else answer
         message = ModelInferResponse.FromString(response)
         got = np.frombuffer(message.raw_output_contents[0], np.float32).reshape(message.outputs[0].shape)
-        return got.shape == self.answer.shape and np.allclose(got, self.answer, rtol=1e-4, atol=1e-5)
+        return got.shape == wanted.shape and np.allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def generate(name: str, repository: Path) -> BenchModel:
@@ -123,6 +147,76 @@ def _large_mlp(directory: Path) -> BenchModel:
     return _bench_model(directory, title, max_batch_rows, _random_rows(LARGE_LAYERS[0]))
 
 
+def _lengths(directory: Path) -> BenchModel:
+    """A small encoder of sequences, two layers of attention, and as many requests as are in flight twice over."""
+    max_batch_rows = 32
+    random = np.random.default_rng(SEED)
+    weights = {name: random.standard_normal(shape).astype(np.float32) * 0.2 for name, shape in _ENCODER_WEIGHTS.items()}
+    constants = {"one": np.float32(1), "far": np.float32(1e9), "axis": np.array([1], np.int64)}
+    nodes = [
+        helper.make_node("Gather", ["words", "IDS"], ["seen0"]),
+        helper.make_node("Cast", ["MASK"], ["shown"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["shown", "one"], ["hidden"]),
+        helper.make_node("Mul", ["hidden", "far"], ["off"]),
+        helper.make_node("Unsqueeze", ["off", "axis"], ["off_each"]),
+    ]
+    for layer in range(ENCODER_LAYERS):
+        nodes += _attention(layer)
+    nodes.append(helper.make_node("MatMul", [f"seen{ENCODER_LAYERS}", "tags"], ["Y"]))
+    graph = helper.make_graph(
+        nodes,
+        "lengths",
+        [helper.make_tensor_value_info(name, TensorProto.INT64, ["rows", "length"]) for name in ("IDS", "MASK")],
+        [_tensor("Y", "length", ENCODER_TAGS)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in (weights | constants).items()],
+    )
+    _write(directory, graph, max_batch_rows)
+    file = directory / "1" / "model.onnx"
+    session = open_session(file, THREADS)
+    lengths = random.integers(LENGTHS[0], LENGTHS[1] + 1, LENGTH_REQUESTS)
+    variants = tuple(_variant(directory.name, session, int(length), random) for length in lengths)
+    first = variants[0]
+    title = "encoder, lengths {} to {}".format(*LENGTHS)
+    return BenchModel(directory.name, title, file, max_batch_rows, first.request, first.answer, variants)
+
+
+def _attention(layer: int) -> list[onnx.NodeProto]:
+    """One layer of an encoder: attention to what the mask shows, and a residual."""
+    seen, own = f"seen{layer}", [f"{kind}{layer}" for kind in ("query", "key", "value")]
+    return [
+        *(helper.make_node("MatMul", [seen, f"{name}_weights"], [name]) for name in own),
+        helper.make_node("Transpose", [own[1]], [f"turned{layer}"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", [own[0], f"turned{layer}"], [f"scores{layer}"]),
+        helper.make_node("Add", [f"scores{layer}", "off_each"], [f"masked{layer}"]),
+        helper.make_node("Softmax", [f"masked{layer}"], [f"weights{layer}"], axis=-1),
+        helper.make_node("MatMul", [f"weights{layer}", own[2]], [f"attended{layer}"]),
+        helper.make_node("Add", [f"attended{layer}", seen], [f"seen{layer + 1}"]),
+    ]
+
+
+def _variant(name: str, session: onnxruntime.InferenceSession, length: int, random: np.random.Generator) -> Variant:
+    ids = random.integers(0, ENCODER_WORDS, (1, length))
+    feeds = {"IDS": ids, "MASK": np.ones_like(ids)}
+    request = ModelInferRequest(model_name=name, raw_input_contents=[array.tobytes() for array in feeds.values()])
+    for tensor, array in feeds.items():
+        request.inputs.add(name=tensor, datatype="INT64", shape=array.shape)
+    return Variant(request.SerializeToString(), session.run(None, feeds)[0])
+
+
+def _bucketed(make: Callable[[Path], BenchModel]) -> Callable[[Path], BenchModel]:
+    """A model of sequences with shape buckets."""
+
+    def generate_bucketed(directory: Path) -> BenchModel:
+        model = make(directory)
+        shapes = {"sequence": {"sizes": [16, 32, 48, 64, 96, 128], "axes": dict.fromkeys(("IDS", "MASK", "Y"), 0)}}
+        text = json.dumps(json.dumps(shapes))
+        with (directory / "config.pbtxt").open("a") as config:
+            config.write(f'parameters {{ key: "shape_buckets" value {{ string_value: {text} }} }}\n')
+        return replace(model, title=f"{model.title}, buckets")
+
+    return generate_bucketed
+
+
 GENERATORS: dict[str, Callable[[Path], BenchModel]] = {
     "identity": _identity,
     "digits_mlp": _digits_mlp,
@@ -130,6 +224,8 @@ GENERATORS: dict[str, Callable[[Path], BenchModel]] = {
     "images": _images,
     "digits_cached": _cached(_digits_mlp),
     "identity_cached": _cached(_identity),
+    "lengths": _lengths,
+    "lengths_bucketed": _bucketed(_lengths),
 }
 
 
@@ -137,7 +233,7 @@ def _random_rows(*dims: int) -> NDArray[np.float32]:
     return np.random.default_rng(SEED).random((1, *dims), np.float32)
 
 
-def _tensor(name: str, *dims: int) -> onnx.ValueInfoProto:
+def _tensor(name: str, *dims: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", *dims])
 
 

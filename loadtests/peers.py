@@ -158,10 +158,10 @@ def mean_batch(before: Counters | None, after: Counters | None, requests: int) -
     return (after.rows - before.rows) / executions if executions else math.nan
 
 
-def probe(port: int, model: BenchModel) -> bytes:
-    """The answer to the very bytes that h2load will send, from grpcio as the client."""
+def probe(port: int, model: BenchModel, request: bytes | None = None) -> bytes:
+    """The answer to the very bytes that will be sent, from grpcio as the client; to the model's request by default."""
     with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.max_receive_message_length", -1)]) as channel:
-        reply: bytes = channel.unary_unary(f"/{METHOD}")(model.request, timeout=30)
+        reply: bytes = channel.unary_unary(f"/{METHOD}")(request or model.request, timeout=30)
         return reply
 
 

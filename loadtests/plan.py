@@ -21,7 +21,7 @@ def _cases(model: str, load: Load, *whos: str) -> tuple[Case, ...]:
 
 
 LONE, BASE, BUSY, CROWD, APART = Load(1, 1), Load(2, 16), Load(4, 32), Load(1000, 1), Load(32, 1)
-LARGE, LARGER, IMAGES = Load(4, 16), Load(4, 25), Load(2, 4)
+LARGE, LARGER, IMAGES, MIXED = Load(4, 16), Load(4, 25), Load(2, 4), Load(4, 16)
 
 MEMORY = "memory"
 """The part that is no row of the table."""
@@ -35,6 +35,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "crowd": _cases("identity", BASE, NATIVE) + _cases("identity", CROWD, NATIVE),
     "rest": _cases("identity", APART, NATIVE, REST),
     "stream": _cases("identity", BASE, NATIVE, STREAM),
+    "lengths": _cases("lengths", MIXED, NATIVE) + _cases("lengths_bucketed", MIXED, NATIVE),
     "cache": _cases("digits_cached", BUSY, NATIVE, CACHED, UNIQUE, CACHED_UNIQUE)
     + _cases("identity_cached", BASE, UNIQUE, CACHED_UNIQUE),
     MEMORY: (),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from loadtests.h2load import Load
 from loadtests.peers import CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE, Sample
-from loadtests.plan import APART, BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE
+from loadtests.plan import APART, BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE, MIXED
 from loadtests.summary import Summary, summarize
 
 
@@ -105,6 +105,10 @@ def _p50(sample: Sample) -> float:
     return sample.p50_ms
 
 
+def _p99(sample: Sample) -> float:
+    return sample.p99_ms
+
+
 def _batch(sample: Sample) -> float:
     return sample.mean_batch_rows
 
@@ -136,6 +140,10 @@ TARGETS = (
            Key("digits_cached", CACHED_UNIQUE, BUSY), Key("digits_cached", UNIQUE, BUSY), 1.03, at_least=False),
     Target("identity, 2 x 16, unique inputs: CPU per request, with a response cache over without", _cpu,
            Key("identity_cached", CACHED_UNIQUE, BASE), Key("identity_cached", UNIQUE, BASE), 1.03, at_least=False),
+    Target("lengths 5 to 128, 4 x 16: requests/s, with shape buckets over without", _rate,
+           Key("lengths_bucketed", NATIVE, MIXED), Key("lengths", NATIVE, MIXED), 1.5, at_least=True),
+    Target("lengths 5 to 128, 4 x 16: p99, with shape buckets over without", _p99,
+           Key("lengths_bucketed", NATIVE, MIXED), Key("lengths", NATIVE, MIXED), 1, at_least=False),
     # 0.90 leaves the rest for transport, queue, gather and scatter on the other core.
     Target("large MLP, 4 x 16: rows/s, native over the bare loop", _rate,
            Key("large_mlp", NATIVE, LARGE), _LOOP, 0.90, at_least=True),

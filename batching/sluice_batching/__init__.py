@@ -1,12 +1,15 @@
 """Dynamic batching: bounded queues that turn requests into batches, honour deadlines, and know nothing of tensors."""
 
 from sluice_batching.coalescer import Coalescer
-from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, QueueFull, RequestTooLarge
+from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, QueueFull, RequestTooLarge, TooLate
 from sluice_batching.expiry import ExpiryTimer
 from sluice_batching.lru import LruTable
-from sluice_batching.policy import QueuePolicy
-from sluice_batching.queue import Queue, Taken
+from sluice_batching.policy import LevelPolicy, Priorities, QueuePolicy
+from sluice_batching.priority_queue import PriorityQueue
+from sluice_batching.queue import Group, Queue, Taken
+from sluice_batching.rate_limiter import Claim, RateLimiter, Resource, ResourcePools, TooFewCopies
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
+from sluice_batching.run_times import RunTimes
 from sluice_batching.shell import BatchQueue
 
 __all__ = [
@@ -14,15 +17,26 @@ __all__ = [
     "NO_DEADLINE",
     "BatchQueue",
     "BatchingError",
+    "Claim",
     "Coalescer",
     "DeadlineExpired",
     "Draining",
     "ExpiryTimer",
+    "Group",
+    "LevelPolicy",
     "LruTable",
+    "Priorities",
+    "PriorityQueue",
     "Queue",
     "QueueFull",
     "QueuePolicy",
+    "RateLimiter",
     "Request",
     "RequestTooLarge",
+    "Resource",
+    "ResourcePools",
+    "RunTimes",
     "Taken",
+    "TooFewCopies",
+    "TooLate",
 ]

@@ -4,6 +4,7 @@
     ├── QueueFull           too much is waiting now; the same request may be accepted later
     ├── RequestTooLarge     the request alone is over the queue's bound; it can never be accepted
     ├── DeadlineExpired     the request's deadline had passed before it was offered
+    ├── TooLate             by how long runs take, the request would end after its deadline
     └── Draining            the queue takes nothing more; what it has already will still be served
 
 All of them are expected, and carry their facts as attributes. A request that could never be part of any batch (no rows,
@@ -12,7 +13,7 @@ more rows than a batch may have, offered while it waits already) is a bug of the
 
 from typing import Literal
 
-Bound = Literal["rows", "bytes"]
+Bound = Literal["rows", "bytes", "requests"]
 """What a queue's bound counts."""
 
 
@@ -23,12 +24,13 @@ class BatchingError(Exception):
 class QueueFull(BatchingError):
     """The request would take the queue over a bound.
 
-    `what` is the bound ("rows" or "bytes"), `limit` its value, `waiting` how much of it is taken, `requested` how much
-    the request needs.
+    `what` is the bound ("rows", "bytes", or "requests" of one priority), `limit` its value, `waiting` how much of it is
+    taken, `requested` how much the request needs.
     """
 
     def __init__(self, what: Bound, limit: int, waiting: int, requested: int) -> None:
-        super().__init__(f"the queue is full: {waiting} of {limit} {what} are waiting, and the request has {requested}")
+        needs = "" if what == "requests" else f", and the request has {requested}"
+        super().__init__(f"the queue is full: {waiting} of {limit} {what} are waiting{needs}")
         self.what = what
         self.limit = limit
         self.waiting = waiting
@@ -57,6 +59,20 @@ class DeadlineExpired(BatchingError):
         )
         self.deadline_ns = deadline_ns
         self.now_ns = now_ns
+
+
+class TooLate(BatchingError):
+    """The request would end after its deadline even if it ran at once.
+
+    `left_ns` is the time that it has left, `run_ns` how long runs of its size take.
+    """
+
+    def __init__(self, left_ns: int, run_ns: int) -> None:
+        super().__init__(
+            f"it would have finished too late: {left_ns / 1e6:.3f} ms are left, and a run takes {run_ns / 1e6:.3f} ms"
+        )
+        self.left_ns = left_ns
+        self.run_ns = run_ns
 
 
 class Draining(BatchingError):

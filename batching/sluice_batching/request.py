@@ -18,10 +18,15 @@ class Request:
     key: only requests of equal keys share a batch. Hashable; it must not change while the request waits.
     deadline_ns: on the queue's clock; from this instant on the request is not put into a batch any more.
     enqueued_ns: when the queue accepted it; set by the queue.
-    queue_order: its place in the queue's order of arrival; the queue's own bookkeeping.
+    queue_order, rank: its place in the order of arrival, and in the order of service; the queue's own bookkeeping.
+    priority, timeout_ns: what it asks of a queue with priorities, 0 = nothing. Every request of a class may have the
+        same, so they are the class's; one whose requests differ has slots of these names.
     """
 
-    __slots__ = ("deadline_ns", "enqueued_ns", "key", "queue_order", "rows", "size_bytes")
+    __slots__ = ("deadline_ns", "enqueued_ns", "key", "queue_order", "rank", "rows", "size_bytes")
+
+    priority: int = 0
+    timeout_ns: int = 0
 
     def __init__(self, rows: int, size_bytes: int, key: Hashable, deadline_ns: int = NO_DEADLINE) -> None:
         self.rows = rows
@@ -30,3 +35,4 @@ class Request:
         self.deadline_ns = deadline_ns
         self.enqueued_ns = 0
         self.queue_order = NEVER_QUEUED
+        self.rank = 0

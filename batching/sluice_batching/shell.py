@@ -25,10 +25,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final, Generic
 
-from sluice_batching.errors import BatchingError
+from sluice_batching.errors import BatchingError, TooLate
 from sluice_batching.policy import QueuePolicy
+from sluice_batching.priority_queue import PriorityQueue
 from sluice_batching.queue import Queue, R, Taken
 from sluice_batching.request import NO_DEADLINE
+from sluice_batching.run_times import RunTimes
 
 NEVER_NS: Final = NO_DEADLINE
 """An instant that does not come."""
@@ -59,16 +61,22 @@ class BatchQueue(Generic[R]):
         "_lock",
         "_on_earlier_deadline",
         "_queue",
+        "_run_times",
         "_wake_up_under_way",
         "_watched_deadline_ns",
         "_work",
     )
 
-    def __init__(self, policy: QueuePolicy, clock: Clock = time.monotonic_ns) -> None:
+    def __init__(
+        self, policy: QueuePolicy, clock: Clock = time.monotonic_ns, run_times: RunTimes | None = None
+    ) -> None:
+        """`run_times` is what others record the runs in, on the same clock."""
+        self._run_times = run_times or RunTimes()
         self._clock = clock
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._queue: Queue[R] = Queue(policy)
+        make_queue: type[Queue[R]] = Queue if policy.priorities is None else PriorityQueue
+        self._queue = make_queue(policy, self._run_times)
         self._idle_takers = 0
         self._lent = 0
         self._wake_up_under_way = False
@@ -94,6 +102,11 @@ class BatchQueue(Generic[R]):
         return self._queue.size_bytes
 
     @property
+    def predicted_wait_ns(self) -> int | None:
+        """How long what waits will take, by the runs so far; None before the first."""
+        return self._run_times.wait_ns(self._queue.rows)
+
+    @property
     def draining(self) -> bool:
         """Whether `drain` has been called."""
         return self._queue.draining
@@ -111,7 +124,7 @@ class BatchQueue(Generic[R]):
         return f"<BatchQueue: {self._idle_takers} idle takers{woken}, {self._queue!r}>"
 
     def offer(self, request: R) -> None:
-        """Let a request wait; raises Draining, DeadlineExpired, RequestTooLarge or QueueFull, see `Queue.try_offer`."""
+        """Let a request wait; raises what `Queue.try_offer` returns: Draining, DeadlineExpired, TooLate, ..."""
         error = self.offer_many((request,))[0]
         if error is not None:
             raise error
@@ -144,10 +157,14 @@ class BatchQueue(Generic[R]):
             now_ns = self._clock()
             lends = self._idle_takers > self._lent and not self._wake_up_under_way and not self._queue
             error = self._queue.try_offer(request, now_ns)
-            batch = self._queue.take(now_ns).batch if lends and error is None else []
+            batch, late = self._queue.take(now_ns) if lends and error is None else ([], [])
             if batch:
                 self._lent += 1
                 return None, batch
+            if late:
+                # Between the offer and the take a run has ended elsewhere that took longer than those before.
+                left_ns = request.deadline_ns - now_ns
+                error = TooLate(left_ns, self._run_times.predict_ns(request.rows, now_ns))
             self._pass_the_watch_on()
             report = self._on_earlier_deadline
             earlier_ns = None if report is None else self._earlier_deadline_ns()
@@ -187,6 +204,24 @@ class BatchQueue(Generic[R]):
                 now_ns = self._clock()
             self._pass_the_watch_on()
             return taken
+
+    def wait(self) -> bool:
+        """Wait until something is due, and leave it there; False when the queue is draining and empty.
+
+        For takers that need more than a batch to run: by the time they take, another one may have been faster. Nobody
+        calls `offer_and_take` on their queue, as its place is not theirs to lend.
+        """
+        with self._lock:
+            while True:
+                now_ns = self._clock()
+                wakeup_ns = self._queue.next_wakeup_ns()
+                if wakeup_ns is not None and wakeup_ns <= now_ns:
+                    # It stays due, so the next one is woken too: this one may have to wait for what it needs.
+                    self._pass_the_watch_on()
+                    return True
+                if self._queue.draining and wakeup_ns is None:
+                    return False
+                self._wait_for_work(NEVER_NS, now_ns, watches=True)
 
     def cancel(self, request: R) -> bool:
         """Take a request out: True if it was waiting here, and nobody else will answer it; False if it has left."""

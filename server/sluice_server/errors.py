@@ -51,7 +51,16 @@ class Unavailable(SluiceError):
 
 
 class ResourceExhausted(SluiceError):
-    """A bound of the server is reached."""
+    """A bound of the server is reached.
+
+    `retry_after_ns`: when trying again may work, by what the server knows; None when it does not.
+    """
+
+    retry_after_ns: int | None = None
+
+    def __init__(self, text: str, *, retry_after_ns: int | None = None) -> None:
+        super().__init__(text)
+        self.retry_after_ns = retry_after_ns
 
 
 class DeadlineExceeded(SluiceError):

@@ -25,8 +25,6 @@ REFUSED: dict[str, str] = {
     "--model-load-gpu-limit": "there is no limit on a GPU's memory at load",
     "--model-namespacing": "model names are unique over all repositories",
     "--pinned-memory-pool-byte-size": "there is no pinned memory pool",
-    "--rate-limit": "the rate limiter is not there yet",
-    "--rate-limit-resource": "the rate limiter is not there yet",
     "--repoagent-directory": "repository agents are not there",
     "--sagemaker-port": "the SageMaker front end is not there",
     "--sagemaker-safe-port-range": "the SageMaker front end is not there",

@@ -9,6 +9,7 @@ from typing import NoReturn
 from sluice_server.flag_values import SettingsError, count, file_stem, port, positive, switch, whole
 from sluice_server.front_flags import grpc_header_pattern, http_header_pattern
 from sluice_server.metrics_flags import add_metrics_flags
+from sluice_server.rate_limit_flags import EXECUTION_COUNT, OFF
 from sluice_server.repository.manager import ControlMode
 from sluice_server.security.restrictions import GROUPS
 from sluice_server.transport_flags import add_transport_flags
@@ -84,6 +85,10 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="bytes of requests that may wait per model (%(default)s); 0: no limit")  # fmt: skip
     add("--cache-config", action="append", default=[], metavar="local,size=BYTES",
         help="for models with response_cache: keep answers, up to so many bytes in all (no cache)")  # fmt: skip
+    add("--rate-limit", choices=(OFF, EXECUTION_COUNT), default=OFF,
+        help="execution_count: groups with a rate_limiter run only while its resources are free (off)")  # fmt: skip
+    add("--rate-limit-resource", action="append", default=[], metavar="NAME:COUNT[:DEVICE]",
+        help="copies of a resource on each device, or on one (as many as the instance that needs most)")  # fmt: skip
     add("--response-cache-byte-size", type=whole, metavar="BYTES",
         help="deprecated in Triton: the same as --cache-config=local,size=BYTES; 0: no cache")  # fmt: skip
 

@@ -15,6 +15,7 @@ from sluice_server.metrics_flags import metrics_options
 from sluice_server.observability.logs import LogOptions
 from sluice_server.observability.metrics import MetricsOptions
 from sluice_server.observability.trace_control import TraceConfig
+from sluice_server.rate_limit_flags import rate_limit
 from sluice_server.refused_flags import refuse_unimplemented
 from sluice_server.repository.manager import ControlMode
 from sluice_server.server_flags import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from sluice_batching import Resource
     from sluice_server.security.restrictions import Restriction
     from sluice_server.transport.options import TransportOptions
 
@@ -67,6 +69,8 @@ class ModelSettings:
     config_name: str = ""
     cache_bytes: int = 0
     """What the response cache may hold; 0: there is none."""
+    rate_limit: Mapping[Resource, int] | None = None
+    """How many copies there are of the resources of rate limiters, where that was said; None: there is no limiter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,7 @@ def _model_settings(args: argparse.Namespace) -> ModelSettings:
         queue_bytes=args.default_queue_bytes,
         config_name=args.model_config_name,
         cache_bytes=cache_bytes(args.cache_config, args.response_cache_byte_size),
+        rate_limit=rate_limit(args.rate_limit, args.rate_limit_resource),
     )
 
 

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 
 from sluice_server import errors
+from sluice_server.retry_after import retry_trailers
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,10 @@ class StatusMapper:
         code = next(_CODES[cls] for cls in type(error).__mro__ if cls in _CODES)
         if self._triton_codes:
             code = _TRITON.get(code, code)
-        return Status(code, str(error))
+        text = str(error)
+        if isinstance(error, errors.ResourceExhausted) and error.retry_after_ns is not None:
+            return Status(code, text, retry_trailers(code, text, error.retry_after_ns))
+        return Status(code, text)
 
 
 def _unexpected(error: BaseException) -> Status:

@@ -394,3 +394,52 @@ def test_a_drained_queue_lets_its_takers_go_once_what_is_lent_is_done() -> None:
     assert taker.is_alive()
     queue.give_back()
     assert taker.result() is None
+
+
+class Waiter(threading.Thread):
+    """A thread that waits once for something to be due."""
+
+    def __init__(self, queue: BatchQueue[Request], name: str = "waiter") -> None:
+        super().__init__(name=name, daemon=True)
+        self._queue = queue
+        self._result: bool | None = None
+        self.start()
+
+    def run(self) -> None:
+        self._result = self._queue.wait()
+
+    def result(self) -> bool | None:
+        self.join(PATIENCE_S)
+        assert not self.is_alive()
+        return self._result
+
+
+def test_everybody_who_waits_is_told_of_what_is_due_and_it_stays_there() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    waiters = [Waiter(queue, "one"), Waiter(queue, "two")]
+    clock.wait_for_reading("one", 1)
+    clock.wait_for_reading("two", 1)
+    offered = request()
+    queue.offer(offered)
+    assert [waiter.result() for waiter in waiters] == [True, True]
+    assert queue.wait()
+    assert queue.take() == ([offered], [])
+
+
+def test_waiting_ends_when_the_queue_is_draining_and_empty() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    waiter = Waiter(queue)
+    clock.wait_for_reading("waiter", 1)
+    queue.drain()
+    assert waiter.result() is False
+
+
+def test_what_is_left_in_a_draining_queue_is_due() -> None:
+    queue = batch_queue(delay_ns=HOUR_NS)
+    queue.offer(request())
+    queue.drain()
+    assert queue.wait()
+    assert queue.take() is not None
+    assert not queue.wait()

@@ -1,5 +1,7 @@
 """The queue against a naive model, one list that is searched anew for every question, on a virtual clock."""
 
+from collections.abc import Iterable
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -8,25 +10,83 @@ from sluice_batching import (
     NO_DEADLINE,
     DeadlineExpired,
     Draining,
+    LevelPolicy,
+    Priorities,
+    PriorityQueue,
     Queue,
     QueueFull,
     QueuePolicy,
     Request,
     RequestTooLarge,
 )
+from sluice_batching.queue import HORIZON_NS
+
+
+class Asking(Request):
+    """A request that asks for a priority and a timeout."""
+
+    __slots__ = ("priority", "timeout_ns")
+
+    def __init__(self, rows: int, size_bytes: int, key: str, deadline_ns: int, priority: int, timeout_ns: int) -> None:
+        super().__init__(rows, size_bytes, key, deadline_ns)
+        self.priority = priority
+        self.timeout_ns = timeout_ns
 
 
 class NaiveQueue:
-    """What the queue promises, with no thought of cost: `waiting` is in order of arrival."""
+    """What the queue promises, with no thought of cost: `waiting` is in order of arrival.
+
+    `due_ns` and `delays_at_ns` are by request; the latter are of those that are yet to be delayed.
+    """
 
     def __init__(self, policy: QueuePolicy) -> None:
         self.policy = policy
-        self.waiting: list[Request] = []
+        self.waiting: list[Asking] = []
+        self.due_ns: dict[Asking, int] = {}
+        self.delays_at_ns: dict[Asking, int] = {}
+        self.delayed: set[Asking] = set()
         self.draining = False
 
-    def refusal(self, request: Request, now_ns: int) -> type | None:
+    def level(self, request: Asking) -> int:
+        return self.policy.priorities.level_of(request.priority) if self.policy.priorities else 0
+
+    def level_policy(self, request: Asking) -> LevelPolicy:
+        return self.policy.priorities.policy_of(self.level(request)) if self.policy.priorities else LevelPolicy()
+
+    def enter(self, request: Asking, now_ns: int) -> None:
+        self.waiting.append(request)
+        self.due_ns[request] = now_ns
+        if self.policy.deadline_first:
+            self.due_ns[request] = min(request.deadline_ns, now_ns + HORIZON_NS)
+
+    def accept(self, request: Asking, now_ns: int) -> None:
+        self.enter(request, now_ns)
+        policy = self.level_policy(request)
+        timeout_ns = policy.timeout_of(request.timeout_ns)
+        if timeout_ns and policy.delays:
+            self.delays_at_ns[request] = now_ns + timeout_ns
+
+    def delay(self, now_ns: int) -> None:
+        """Put behind the others what is to be by now."""
+        order = {request: place for place, request in enumerate(self.waiting)}
+        for request in sorted(self.delays_at_ns, key=lambda each: (self.delays_at_ns[each], order.get(each, 0))):
+            if self.delays_at_ns[request] > now_ns:
+                continue
+            del self.delays_at_ns[request]
+            if request in self.waiting and request.deadline_ns > now_ns and not self.draining:
+                self.waiting.remove(request)
+                self.delayed.add(request)
+                self.enter(request, now_ns)
+
+    def in_order(self, requests: Iterable[Asking]) -> list[Asking]:
+        return sorted(requests, key=lambda each: (self.level(each), each in self.delayed, self.due_ns[each]))
+
+    def refusal(self, request: Asking, now_ns: int) -> type | None:
         if self.draining:
             return Draining
+        most = self.level_policy(request).max_requests
+        if most and sum(self.level(each) == self.level(request) for each in self.waiting) >= most:
+            return QueueFull
         if request.deadline_ns <= now_ns:
             return DeadlineExpired
         for limit, waiting, requested in (
@@ -39,14 +99,14 @@ class NaiveQueue:
                 return QueueFull
         return None
 
-    def expired(self, now_ns: int) -> list[Request]:
+    def expired(self, now_ns: int) -> list[Asking]:
         return sorted(
             (request for request in self.waiting if request.deadline_ns <= now_ns),
             key=lambda request: request.deadline_ns,
         )
 
-    def batch(self, now_ns: int) -> list[Request]:
-        alive = [request for request in self.waiting if request.deadline_ns > now_ns]
+    def batch(self, now_ns: int) -> list[Asking]:
+        alive = self.in_order(request for request in self.waiting if request.deadline_ns > now_ns)
         if not self.policy.batching:
             return alive[:1]
         for head in alive:
@@ -55,15 +115,16 @@ class NaiveQueue:
                 return batch
         return []
 
-    def overdue(self, request: Request, now_ns: int) -> bool:
-        return 0 < self.policy.max_delay_ns <= now_ns - request.enqueued_ns and not self.draining
+    def overdue(self, group: list[Asking], now_ns: int) -> bool:
+        oldest = min(group, key=self.waiting.index)
+        return 0 < self.policy.max_delay_ns <= now_ns - oldest.enqueued_ns and not self.draining
 
-    def due(self, group: list[Request], now_ns: int) -> list[Request]:
+    def due(self, group: list[Asking], now_ns: int) -> list[Asking]:
         """The batch of a group if it is due."""
         sums = [sum(request.rows for request in group[: i + 1]) for i in range(len(group))]
         fitting = [total for total in sums if total <= self.policy.max_batch_rows]
         preferred = [total for total in fitting if total in self.policy.preferred_batch_rows]
-        if self.overdue(group[0], now_ns):
+        if self.overdue(group, now_ns):
             return group[: len(fitting)]
         if preferred:
             return group[: sums.index(preferred[-1]) + 1]
@@ -77,6 +138,28 @@ class NaiveQueue:
 
 
 @st.composite
+def level_policies(draw: st.DrawFn) -> LevelPolicy:
+    return LevelPolicy(
+        max_requests=draw(st.sampled_from([0, 0, 2])),
+        timeout_ns=draw(st.sampled_from([0, 1, 4, 9])),
+        delays=draw(st.booleans()),
+        allow_timeout_override=draw(st.booleans()),
+    )
+
+
+@st.composite
+def priorities(draw: st.DrawFn) -> Priorities:
+    levels = draw(st.integers(0, 3))
+    of_levels = st.dictionaries(st.integers(1, levels), level_policies()) if levels else st.just({})
+    return Priorities(
+        levels=levels,
+        default_level=draw(st.integers(1, levels)) if levels else 0,
+        default_policy=draw(level_policies()),
+        policies=draw(of_levels),
+    )
+
+
+@st.composite
 def policies(draw: st.DrawFn) -> QueuePolicy:
     rows = draw(st.integers(1, 8))
     batching = draw(st.sampled_from([True, True, True, False]))
@@ -87,6 +170,8 @@ def policies(draw: st.DrawFn) -> QueuePolicy:
         preferred_batch_rows=tuple(draw(st.lists(st.integers(1, rows), max_size=3))) if batching else (),
         max_queue_rows=draw(st.sampled_from([0, 0, 5, 20])),
         max_queue_bytes=draw(st.sampled_from([0, 0, 7, 40])),
+        deadline_first=draw(st.sampled_from([True, True, True, False])),
+        priorities=draw(st.one_of(st.none(), priorities())),
     )
 
 
@@ -95,13 +180,14 @@ class QueueAgainstModel(RuleBasedStateMachine):
 
     @initialize(policy=policies())
     def start(self, policy: QueuePolicy) -> None:
-        self.queue: Queue[Request] = Queue(policy)
+        make_queue: type[Queue[Asking]] = PriorityQueue if policy.priorities else Queue
+        self.queue = make_queue(policy)
         self.model = NaiveQueue(policy)
         self.now_ns = 0
-        self.accepted: list[Request] = []
-        self.left: list[Request] = []
+        self.accepted: list[Asking] = []
+        self.left: list[Asking] = []
 
-    def leave(self, requests: list[Request]) -> None:
+    def leave(self, requests: list[Asking]) -> None:
         for request in requests:
             self.model.waiting.remove(request)
             self.left.append(request)
@@ -110,17 +196,20 @@ class QueueAgainstModel(RuleBasedStateMachine):
         rows=st.integers(1, 8),
         size_bytes=st.integers(0, 9),
         key=st.sampled_from("ab"),
-        life_ns=st.one_of(st.none(), st.integers(0, 12)),
+        life_ns=st.one_of(st.none(), st.integers(0, 12), st.integers(HORIZON_NS - 4, HORIZON_NS + 4)),
+        priority=st.integers(0, 4),
+        timeout_ns=st.sampled_from([0, 0, 1, 3, 20]),
     )
-    def offer(self, rows: int, size_bytes: int, key: str, life_ns: int | None) -> None:
+    def offer(self, rows: int, size_bytes: int, key: str, life_ns: int | None, priority: int, timeout_ns: int) -> None:
         deadline_ns = NO_DEADLINE if life_ns is None else self.now_ns + life_ns
-        request = Request(min(rows, self.model.policy.max_batch_rows), size_bytes, key, deadline_ns)
+        rows = min(rows, self.model.policy.max_batch_rows)
+        request = Asking(rows, size_bytes, key, deadline_ns, priority, timeout_ns)
         expected = self.model.refusal(request, self.now_ns)
         error = self.queue.try_offer(request, self.now_ns)
         assert type(error) is (expected or type(None))
         if error is None:
             assert request.enqueued_ns == self.now_ns
-            self.model.waiting.append(request)
+            self.model.accept(request, self.now_ns)
             self.accepted.append(request)
 
     @rule(step_ns=st.integers(1, 5))
@@ -129,6 +218,7 @@ class QueueAgainstModel(RuleBasedStateMachine):
 
     @rule()
     def take(self) -> None:
+        self.model.delay(self.now_ns)
         expired, batch = self.model.expired(self.now_ns), self.model.batch(self.now_ns)
         assert self.queue.take(self.now_ns) == (batch, expired)
         self.leave(expired)
@@ -139,6 +229,7 @@ class QueueAgainstModel(RuleBasedStateMachine):
 
     @rule()
     def expire(self) -> None:
+        self.model.delay(self.now_ns)
         expired = self.model.expired(self.now_ns)
         assert self.queue.expire(self.now_ns) == expired
         self.leave(expired)
@@ -172,6 +263,9 @@ class QueueAgainstModel(RuleBasedStateMachine):
         wakeup_ns = self.queue.next_wakeup_ns()
         if wakeup_ns is None:
             assert not self.model.waiting
+        elif any(instant_ns <= max(wakeup_ns, self.now_ns) for instant_ns in self.model.delays_at_ns.values()):
+            # Somebody is to be delayed by then, which may or may not make anything due.
+            assert wakeup_ns <= self.now_ns or not self.model.returns_something(wakeup_ns - 1)
         elif wakeup_ns <= self.now_ns:
             assert self.model.returns_something(self.now_ns)
         else:
@@ -180,14 +274,18 @@ class QueueAgainstModel(RuleBasedStateMachine):
 
     @invariant()
     def the_next_deadline_is_the_earliest_of_what_waits(self) -> None:
-        deadlines_ns = [each.deadline_ns for each in self.model.waiting if each.deadline_ns != NO_DEADLINE]
-        assert self.queue.next_deadline_ns() == min(deadlines_ns, default=None)
+        waiting = self.model.waiting
+        instants_ns = [each.deadline_ns for each in waiting if each.deadline_ns != NO_DEADLINE]
+        instants_ns += [instant_ns for each, instant_ns in self.model.delays_at_ns.items() if each in waiting]
+        assert self.queue.next_deadline_ns() == min(instants_ns, default=None)
 
     @invariant()
     def memory_is_bounded_by_what_waits(self) -> None:
         assert len(self.queue._deadlines) <= 2 * len(self.queue) + 64
         assert len(self.queue._groups) <= len(self.queue)
         assert self.queue._ready <= set(self.queue._groups.values())
+        assert len(self.queue._overtaking) <= len(self.queue)
+        assert sum(len(group.overtaking) for group in self.queue._groups.values()) == len(self.queue._overtaking)
 
     def teardown(self) -> None:
         self.queue.drain()

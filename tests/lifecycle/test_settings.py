@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sluice_batching import Resource
 from sluice_server import server_flags
 from sluice_server.flag_values import SettingsError
 from sluice_server.observability.latencies import LatencyOptions
@@ -64,6 +65,14 @@ FLAGS = [
     ([], "models.queue_rows", server_flags.QUEUE_ROWS_DEFAULT),
     (["--default-queue-rows=0"], "models.queue_rows", 0),
     (["--default-queue-bytes=1024"], "models.queue_bytes", 1024),
+    ([], "models.rate_limit", None),
+    (["--rate-limit=off"], "models.rate_limit", None),
+    (["--rate-limit=execution_count"], "models.rate_limit", {}),
+    (
+        ["--rate-limit=execution_count", "--rate-limit-resource=R1:10", "--rate-limit-resource=R1:8:1"],
+        "models.rate_limit",
+        {Resource("R1"): 10, Resource("R1", 1): 8},
+    ),
     ([], "models.cache_bytes", 0),
     (["--cache-config=local,size=1048576"], "models.cache_bytes", 1 << 20),
     (["--cache-config", "local,size=0"], "models.cache_bytes", 0),
@@ -261,6 +270,13 @@ WRONG = [
     (["--grpc-unix-mode=660"], "--grpc-unix-mode"),
     (["--grpc-address=unix:/run/sluice", "--grpc-unix-mode=888"], "--grpc-unix-mode"),
     (["--grpc-address=unix:/run/sluice", "--grpc-unix-mode=1777"], "--grpc-unix-mode"),
+    (["--rate-limit=on"], "--rate-limit"),
+    (["--rate-limit-resource=R1:1"], "--rate-limit-resource=R1:1 needs --rate-limit=execution_count"),
+    *(
+        (["--rate-limit=execution_count", f"--rate-limit-resource={entry}"], "expected NAME:COUNT or NAME:COUNT:DEVICE")
+        for entry in ("R1", ":1", "R1:", "R1:-1", "R1:1:x", "R1:1:0:0", "R1:9999999999")
+    ),
+    (["--rate-limit=execution_count", *["--rate-limit-resource=R1:1"] * 2], "was given before"),
     (["--cache-config=redis,host=localhost"], "--cache-config=redis,host=localhost"),
     (["--cache-config=local"], "local,size=BYTES"),
     (["--cache-config=local,size=1G"], "local,size=BYTES"),

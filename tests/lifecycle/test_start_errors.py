@@ -152,7 +152,7 @@ def test_a_trace_exporter_that_is_none(failing, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--rate-limit=off"], ["--grpc-port=abc"], ["--no-such-flag"], ["--repository-poll-secs=0"], ["stray"]],
+    [["--host-policy=a,b=c"], ["--grpc-port=abc"], ["--no-such-flag"], ["--repository-poll-secs=0"], ["stray"]],
 )
 def test_a_wrong_command_line_is_another_status(flags, failing):
     code, (said,) = failing(*flags)

@@ -51,17 +51,17 @@ def test_the_rate_of_a_few_requests_is_over_all_the_time() -> None:
 
 
 def test_all_requests_answered_with_a_message_are_a_success() -> None:
-    h2load.check(h2load.parse_report(REPORT), requests=640, answer_bytes=99)
+    h2load.check(h2load.parse_report(REPORT), requests=640, expected=640 * 99)
 
 
 def test_a_request_without_http_200_fails_the_load() -> None:
     with pytest.raises(LoadError, match="639 of 640"):
-        h2load.check(Report(1.0, 640, 639, 639 * 99), requests=640, answer_bytes=99)
+        h2load.check(Report(1.0, 640, 639, 639 * 99), requests=640, expected=640 * 99)
 
 
 def test_an_answer_without_a_message_fails_the_load() -> None:
     with pytest.raises(LoadError, match="grpc-status"):
-        h2load.check(Report(1.0, 640, 640, 639 * 99), requests=640, answer_bytes=99)
+        h2load.check(Report(1.0, 640, 640, 639 * 99), requests=640, expected=640 * 99)
 
 
 def test_a_message_is_framed_as_not_compressed_and_with_its_length() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from loadtests import processes
-from loadtests.h2load import Load, LoadError
+from loadtests.h2load import Load, LoadError, frame
 from loadtests.models import generate
 from loadtests.peers import CACHED_UNIQUE
 from loadtests.unique import UniqueMeasurement
-from loadtests.unique_load import NUMBERS_PER_FLOAT, numbered
+from loadtests.varied_load import NUMBERS_PER_FLOAT, numbered
 from sluice_client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,9 +51,9 @@ def test_answers_of_another_length_fail_the_load(tmp_path: Path, transport: str)
 
 def test_a_message_that_does_not_fit_one_frame_is_refused(tmp_path: Path) -> None:
     large = tmp_path / "large.bin"
-    large.write_bytes(bytes(20_000))
-    command = [sys.executable, "-m", "loadtests.unique_load", "/path", str(large)]
-    command += ["--port=1", "--connections=1", "--streams=1", "--requests=1", "--offset=0", "--first=0"]
+    large.write_bytes(frame(bytes(20_000)))
+    command = [sys.executable, "-m", "loadtests.varied_load", "/path", str(large)]
+    command += ["--port=1", "--connections=1", "--streams=1", "--requests=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "20000 bytes" in done.stderr
+    assert "20005 bytes" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from google.protobuf import text_format
 from hypothesis import strategies as st
 
 from sluice_proto import wire
@@ -26,9 +27,10 @@ ID_FIELD = ModelInferRequest.ID_FIELD_NUMBER
 UNKNOWN_FIELD = 99
 
 
-def make_interface() -> ModelInterface:
+def make_interface(scheduler: str = "") -> ModelInterface:
     """A batching model whose requests may have many forms; each call gives another object."""
     config = ModelConfig(name="m", max_batch_size=4)
+    text_format.Parse(scheduler, config.dynamic_batching)
     config.input.add(name="X", data_type=DataType.TYPE_FP32, dims=[-1])
     config.input.add(name="N", data_type=DataType.TYPE_INT16, dims=[2], optional=True)
     config.input.add(name="T", data_type=DataType.TYPE_STRING, dims=[1], optional=True)
@@ -45,7 +47,7 @@ def facts(request: InferRequest) -> tuple[Any, ...]:
     arrays = [(name, each.dtype, each.shape, each.tobytes()) for name, each in request.arrays.items()]
     assert not any(each.flags.writeable for each in request.arrays.values() if each.dtype != object)
     told = (request.id, request.output_names, request.rows, request.key, request.size_bytes, request.deadline_ns)
-    return (*told, arrays)
+    return (*told, request.priority, request.timeout_ns, arrays)
 
 
 def outcome(decoder: Any, message: Any, interface: ModelInterface = INTERFACE) -> tuple[Any, ...]:

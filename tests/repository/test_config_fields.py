@@ -46,22 +46,6 @@ REFUSALS = [
     ("output { is_shape_tensor: true }", "output[0].is_shape_tensor"),
     ("output { is_non_linear_format_io: true }", "output[0].is_non_linear_format_io"),
     ("dynamic_batching { preserve_ordering: true }", "dynamic_batching.preserve_ordering"),
-    ("dynamic_batching { priority_levels: 2 }", "dynamic_batching.priority_levels"),
-    ("dynamic_batching { default_priority_level: 1 }", "dynamic_batching.default_priority_level"),
-    (
-        "dynamic_batching { default_queue_policy { max_queue_size: 3 } }",
-        "dynamic_batching.default_queue_policy.max_queue_size",
-    ),
-    (
-        "dynamic_batching { default_queue_policy { timeout_action: DELAY } }",
-        "dynamic_batching.default_queue_policy.timeout_action",
-    ),
-    (
-        "dynamic_batching { priority_queue_policy { key: 1 value {} } }",
-        'dynamic_batching.priority_queue_policy["1"]',
-    ),
-    ("instance_group { rate_limiter { priority: 2 } }", "instance_group[0].rate_limiter.priority"),
-    ("instance_group { rate_limiter { resources {} } }", "instance_group[0].rate_limiter.resources[0]"),
     ('instance_group { profile: "0" }', "instance_group[0].profile[0]"),
     ("instance_group { passive: true }", "instance_group[0].passive"),
     ("instance_group { secondary_devices { device_id: 1 } }", "instance_group[0].secondary_devices[0]"),
@@ -107,8 +91,8 @@ def is_at_or_below(field: str, path: str) -> bool:
     [
         "response_cache { enable: false }",
         "model_transaction_policy { decoupled: false }",
-        "dynamic_batching { default_queue_policy { timeout_action: REJECT default_timeout_microseconds: 0 } }",
-        "instance_group { rate_limiter {} passive: false }",
+        "dynamic_batching { preserve_ordering: false }",
+        "instance_group { passive: false }",
         "optimization { priority: PRIORITY_DEFAULT cuda { graphs: false } eager_batching: false }",
         'runtime: ""',
     ],

@@ -20,12 +20,15 @@ from protocol.decoding import (
     field,
     ids,
     kin,
+    make_interface,
     outcome,
     tensor,
     unhashable,
 )
+from sluice_batching import NO_DEADLINE
 from sluice_proto.model_config_pb2 import DataType, ModelConfig
 from sluice_proto.wire import SPLIT_BYTES_MIN
+from sluice_server.protocol.decode import ParsedRequest, decode
 from sluice_server.protocol.decode_cache import (
     HEAD_BYTES_MAX,
     HEADS_PER_KIND_MAX,
@@ -85,6 +88,28 @@ def test_what_differs_in_id_and_tensors_alone_is_known(rows, size, first_id, sec
 
 
 # --- Single facts
+
+
+@pytest.mark.parametrize("parameters", [{}, {"priority": 3}, {"timeout": 7}, {"priority": 2**63 - 1, "timeout": 1}])
+def test_what_is_asked_of_a_queue_with_priorities_is_known_too_and_a_timeout_is_no_deadline_there(parameters):
+    interface = make_interface("priority_levels: 3 default_priority_level: 1")
+    cache = DecodeCache(learning_stride=1)
+    for value in (0.5, 1.5):
+        message = message_of(value=value, parameters=parameters)
+        assert outcome(cache, message, interface) == outcome(PlainDecoder(), message, interface)
+    assert known(cache, message)
+    request = cache.decode(cache.parse(message), interface, RecordingCall(message))
+    asked = (parameters.get("priority", 0), parameters.get("timeout", 0) * 1000)
+    assert (request.priority, request.timeout_ns) == asked
+    assert request.deadline_ns == NO_DEADLINE
+
+
+def test_a_priority_may_be_an_unsigned_number():
+    interface = make_interface("priority_levels: 3 default_priority_level: 1")
+    message = infer_request("m", {"X": np.ones((1, 1), np.float32)})
+    message.parameters["priority"].uint64_param = 2**64 - 1
+    call = RecordingCall(message.SerializeToString())
+    assert decode(ParsedRequest(call.message), interface, call).priority == 2**64 - 1
 
 
 def test_several_tensors_and_large_ones_are_known_too_and_never_copied():

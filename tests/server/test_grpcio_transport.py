@@ -12,7 +12,9 @@ import pytest
 
 from sluice_server.status import Code, Status
 from sluice_server.transport.call import STREAM_AHEAD
+from sluice_server.transport.gathering import CALLS_MAX
 from sluice_server.transport.grpcio import GrpcioTransport
+from sluice_server.transport.grpcio_calls import GrpcioMessage
 from sluice_server.transport.options import TransportOptions
 from support.fakes import PATIENCE_S, RecordingCall, eventually
 
@@ -72,6 +74,65 @@ def test_an_end_that_crosses_a_cancellation_leaves_the_other_ends_of_its_wakeup_
         assert futures[1].result() == b"in time"
         eventually(lambda: sum(transport.outcomes().values()) == 2, "both calls are counted")
         assert transport.outcomes() == {(ASK, Code.CANCELLED): 1, (ASK, Code.OK): 1}
+
+
+def test_calls_go_up_together_when_the_loop_has_nothing_else_to_do(no_errors_logged, monkeypatch):
+    monkeypatch.setattr("sluice_server.transport.grpcio.HOLD_S", PATIENCE_S)
+    lists = queue.SimpleQueue()
+    messages = [b"%d" % number for number in range(5)]
+    with serving(lists.put) as (transport, channel):
+        working = threading.Event()
+
+        def work_until_all_are_here() -> None:
+            working.set()
+            if len(transport._inbox) < len(messages):
+                transport.loop.call_soon(work_until_all_are_here)
+
+        transport.loop.call_soon_threadsafe(work_until_all_are_here)
+        assert working.wait(PATIENCE_S)
+        futures = [ask(channel, message) for message in messages]
+        calls = lists.get(timeout=PATIENCE_S)
+        assert sorted(call.message for call in calls) == messages
+        for call in calls:
+            call.reply([call.message])
+        assert [future.result() for future in futures] == messages
+
+
+def test_a_loop_that_never_runs_out_of_work_holds_calls_for_a_moment_only(no_errors_logged):
+    handler = Handler()
+    with serving(handler) as (transport, channel):
+        answered = threading.Event()
+
+        def work() -> None:
+            if not answered.is_set():
+                transport.loop.call_soon(work)
+
+        transport.loop.call_soon_threadsafe(work)
+        try:
+            future = ask(channel, b"0")
+            handler.wait_for(1)[0].reply([b"in time"])
+            assert future.result() == b"in time"
+        finally:
+            answered.set()
+
+
+def test_a_full_list_goes_up_at_once(no_errors_logged):
+    handler = Handler()
+    with serving(handler) as (transport, channel):
+        lengths = []
+        accept = transport._accept
+
+        def arrive() -> None:
+            for number in range(CALLS_MAX + 1):
+                accept(GrpcioMessage(stream, bytes([number])))
+                lengths.append(len(handler.calls))
+
+        talk = channel.stream_stream(TALK)(iter([b"hello"]))
+        stream = handler.wait_for(2)[-1].stream
+        transport.loop.call_soon_threadsafe(arrive)
+        eventually(lambda: len(lengths) == CALLS_MAX + 1, "all have arrived")
+        assert lengths[-1] - lengths[0] == CALLS_MAX
+        talk.cancel()
 
 
 def test_the_first_end_of_a_call_counts(no_errors_logged):

@@ -211,7 +211,8 @@ def held(model: ServedModel) -> Iterator[HeldSession]:
     session = HeldSession(originals[0])
     for instance in instances:
         instance._session = session
-    common, model._common_session = model._common_session, session
+    common = model._common_session
+    model._common_session = None if common is None else session
     try:
         yield session
     finally:

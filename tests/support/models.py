@@ -88,6 +88,43 @@ def row_sums() -> bytes:
     return build([node], [tensor("X", dims=("A", "B"))], [tensor("Y", dims=("A", 1))], [axes])
 
 
+def attention(width: int = 8, words: int = 32) -> bytes:
+    """IDS, MASK INT64 [N,L] -> EACH FP32 [N,L,width], each word seen through all that the mask shows, and their mean,
+    MEAN [N,width]."""
+    table = np.random.default_rng(0).standard_normal((words, width)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "IDS"], ["words"]),
+        helper.make_node("Cast", ["MASK"], ["shown"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["shown", "one"], ["hidden"]),
+        helper.make_node("Mul", ["hidden", "far"], ["off"]),
+        helper.make_node("Unsqueeze", ["off", "axis1"], ["off_each"]),
+        helper.make_node("Transpose", ["words"], ["turned"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["words", "turned"], ["scores"]),
+        helper.make_node("Add", ["scores", "off_each"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "words"], ["EACH"]),
+        helper.make_node("Unsqueeze", ["shown", "axis2"], ["shown_each"]),
+        helper.make_node("Mul", ["EACH", "shown_each"], ["kept"]),
+        helper.make_node("ReduceSum", ["kept", "axis1"], ["sum"], keepdims=0),
+        helper.make_node("ReduceSum", ["shown", "axis1"], ["count"], keepdims=1),
+        helper.make_node("Div", ["sum", "count"], ["MEAN"]),
+    ]
+    constants = {"table": table, "one": np.float32(1), "far": np.float32(1e9)}
+    constants |= {f"axis{axis}": np.array([axis], np.int64) for axis in (1, 2)}
+    return build(
+        nodes,
+        [tensor(name, "INT64", ("N", "L")) for name in ("IDS", "MASK")],
+        [tensor("EACH", dims=("N", "L", width)), tensor("MEAN", dims=("N", width))],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+
+
+def twice() -> bytes:
+    """X FP32 [N,L] -> Y [N,2L], X two times in a row."""
+    node = helper.make_node("Concat", ["X", "X"], ["Y"], axis=1)
+    return build([node], [tensor("X", dims=("N", "L"))], [tensor("Y", dims=("N", "L2"))])
+
+
 def slow(iterations: int) -> bytes:
     """X -> Y unchanged, FP32 [N,1], after a loop that takes about a second for each million iterations."""
     body = helper.make_graph(

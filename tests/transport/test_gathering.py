@@ -1,86 +1,89 @@
-"""When arrived calls are held for company: traces of arrivals, and of a loop that is busy or has time."""
+"""When an event loop is idle, by its selector: a real loop, whose work and files the test controls."""
+
+import asyncio
+import socket
 
 import pytest
 
-from sluice_server.transport.gathering import CALLS_MAX, SAMPLE_CALLS, Gathering
-
-BUSY = 0.35
-"""Pauses per call of a loop that is the limit, as measured."""
-
-AT_EASE = 3.4
-"""And with a lone client."""
+from sluice_server.transport.gathering import IdleSelector
 
 
-class Traffic:
-    """Feeds arrivals, while the loop's thread pauses so many times per call."""
+class Idleness:
+    """What a loop is to do when it is idle, and how often it was."""
 
     def __init__(self) -> None:
-        self.gathering = Gathering()
-        self.pauses = 10**6
+        self.times = 0
+        self.work = []
 
-    def calls(self, number: int, *, company: int, pauses: float) -> None:
-        for _ in range(number):
-            self.pauses += pauses
-            if self.gathering.arrived(company):
-                self.gathering.sampled(int(self.pauses))
-
-
-def test_the_first_call_of_an_idle_server_is_not_held() -> None:
-    gathering = Gathering()
-    gathering.arrived(1)
-    assert not gathering.holds(1)
+    def __call__(self) -> bool:
+        self.times += 1
+        if not self.work:
+            return False
+        asyncio.get_running_loop().call_soon(self.work.pop())
+        return True
 
 
-def test_many_calls_on_a_busy_loop_are_held() -> None:
-    traffic = Traffic()
-    traffic.calls(200, company=6, pauses=BUSY)
-    assert traffic.gathering.holds(1)
+@pytest.fixture
+def idleness():
+    return Idleness()
 
 
-def test_nobody_is_held_while_the_loop_has_time_even_when_the_models_are_slow() -> None:
-    traffic = Traffic()
-    traffic.calls(500, company=50, pauses=1.1)
-    assert not traffic.gathering.holds(1)
+@pytest.fixture
+def selector(idleness):
+    with IdleSelector(idleness) as selector:
+        yield selector
 
 
-@pytest.mark.parametrize("clients", [1, 2])
-def test_one_client_or_two_are_never_held_however_busy_the_loop_is(clients: int) -> None:
-    traffic = Traffic()
-    traffic.calls(5000, company=clients, pauses=0.0)
-    assert not traffic.gathering.holds(1)
+def run(selector, coroutine):
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        return runner.run(coroutine)
 
 
-def test_calls_go_when_as_many_have_come_as_were_lately_in_the_server() -> None:
-    traffic = Traffic()
-    traffic.calls(200, company=8, pauses=BUSY)
-    assert traffic.gathering.holds(7)
-    assert not traffic.gathering.holds(8)
+def test_a_loop_with_work_is_never_idle(selector, idleness):
+    async def work() -> None:
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def turn(left: int) -> None:
+            loop.call_soon(*((turn, left - 1) if left else (done.set,)))
+
+        turn(1000)
+        await done.wait()
+
+    run(selector, work())
+    assert idleness.times == 0
 
 
-def test_a_full_list_goes_without_waiting() -> None:
-    traffic = Traffic()
-    traffic.calls(200, company=1000, pauses=BUSY)
-    assert traffic.gathering.holds(CALLS_MAX - 1)
-    assert not traffic.gathering.holds(CALLS_MAX)
+def test_a_loop_that_would_wait_is_asked_for_work_first_and_does_it_at_once(selector, idleness):
+    async def wait() -> None:
+        done = asyncio.Event()
+        idleness.work.append(done.set)
+        await done.wait()  # for ever, if the loop waited without another turn
+
+    run(selector, wait())
+    assert idleness.times == 1
 
 
-def test_load_is_recognised_within_two_looks_at_the_thread() -> None:
-    traffic = Traffic()
-    traffic.calls(200, company=1, pauses=AT_EASE)
-    traffic.calls(2 * SAMPLE_CALLS, company=10, pauses=BUSY)
-    assert traffic.gathering.holds(1)
+def test_a_loop_waits_when_there_is_nothing_to_do(selector, idleness):
+    async def wait() -> None:
+        done = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.02, done.set)
+        await done.wait()
+
+    run(selector, wait())
+    assert idleness.times >= 1
 
 
-def test_load_is_forgotten_when_the_clients_leave() -> None:
-    traffic = Traffic()
-    traffic.calls(200, company=30, pauses=BUSY)
-    traffic.calls(2 * SAMPLE_CALLS, company=1, pauses=BUSY)
-    assert not traffic.gathering.holds(1)
+def test_files_that_are_ready_come_before_idleness(selector, idleness):
+    idleness.work.append(lambda: None)
+    near, far = socket.socketpair()
+    with near, far:
+        selector.register(near, 1, "near")
+        far.send(b"!")
+        assert [key.data for key, _ in selector.select(None)] == ["near"]
+    assert idleness.times == 0
 
 
-def test_the_peak_of_the_past_is_forgotten_so_that_few_clients_do_not_wait_for_many() -> None:
-    traffic = Traffic()
-    traffic.calls(200, company=60, pauses=BUSY)
-    traffic.calls(300, company=4, pauses=BUSY)
-    assert traffic.gathering.holds(3)
-    assert not traffic.gathering.holds(4)
+@pytest.mark.parametrize("timeout", [0, -1])
+def test_a_look_that_does_not_wait_is_no_sign_of_idleness(selector, idleness, timeout):
+    assert selector.select(timeout) == []
+    assert idleness.times == 0

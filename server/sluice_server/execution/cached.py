@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Buffer
 
-    from sluice_batching import BatchingError, BatchQueue
+    from sluice_batching import BatchingError, BatchQueue, RunTimes
     from sluice_proto.model_config_pb2 import ModelConfig
-    from sluice_server.execution.instance import Answers, Instance
+    from sluice_server.execution.instance import Answers, Gather, Instance
     from sluice_server.execution.model_cache import ModelCache
     from sluice_server.execution.request import InferRequest
     from sluice_server.execution.response_cache import Payload
@@ -46,9 +46,18 @@ class CachingRunner(BatchRunner):
         cache: ModelCache,
         *,
         has_batch_dimension: bool,
+        run_times: RunTimes | None = None,
+        gather: Gather | None = None,
     ) -> None:
         encode = functools.partial(_encode, encoder)
-        super().__init__(encode, statistics, to_status, has_batch_dimension=has_batch_dimension)
+        super().__init__(
+            encode,
+            statistics,
+            to_status,
+            has_batch_dimension=has_batch_dimension,
+            run_times=run_times,
+            gather=gather,
+        )
         self.cache = cache
         self.on_promoted: Callable[[list[InferRequest]], None] = _nobody
         """Queues requests that lead in place of those that have expired; set by their model."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from sluice_batching import RunTimes
 from sluice_server.errors import BackendError, DeadlineExceeded, Internal, SluiceError
 from sluice_server.execution import shared_memory
 from sluice_server.observability.statistics import FailureReason
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 SMALL_BATCH_BYTES = 1 << 20
 """Copying 1 MiB takes some 0.1 ms, which no client notices."""
 
+WOULD_BE_LATE = "Request timeout expired: it was not run, as by the runs before it would have finished too late"
+"""For requests whose deadline had not come yet. It begins as for those whose had, which tools look for."""
+
 Answers = deque[tuple["Call", "list[Buffer]"]]
 """Calls with the parts of their answers, to be sent."""
 
@@ -52,6 +56,13 @@ class Encode(Protocol):
         """Encode the answers of a batch, in its order; `arrays` have the rows of all of its requests."""
 
 
+class Gather(Protocol):
+    """What an instance needs to run a batch: the model's inputs."""
+
+    def __call__(self, batch: Sequence[InferRequest]) -> dict[str, np.ndarray]:
+        """The inputs of a batch, with the rows of all of its requests in order."""
+
+
 class BatchRunner:
     """Runs batches of one model version and resolves every request of them; used by all its instances at once."""
 
@@ -62,11 +73,18 @@ class BatchRunner:
         to_status: StatusMapper,
         *,
         has_batch_dimension: bool,
+        run_times: RunTimes | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
+        gather: Gather | None = None,
     ) -> None:
+        """`run_times` is what the model's queue predicts from: every run is recorded in it. `gather` makes the model's
+        inputs where they are not just the rows of the requests one behind the other.
+        """
         self._encode = encode
+        self._gather: Gather = gather_rows if gather is None else gather
         self._statistics = statistics
         self._to_status = to_status
+        self._run_times = run_times or RunTimes()
         self._has_batch_dimension = has_batch_dimension
         self._clock = clock
 
@@ -78,13 +96,13 @@ class BatchRunner:
         started_ns = self._clock()
         names = batch[0].output_names
         try:
-            feeds = gather(batch)
+            feeds = self._gather(batch)
             gathered_ns = self._clock()
             self.send(earlier)
             outputs = session.run(names, feeds)
             computed_ns = self._clock()
             if self._has_batch_dimension:
-                check_rows(batch, outputs)
+                _check_outputs(batch, outputs)
             answers = self._encode(batch, outputs)
         except SluiceError as error:
             if len(batch) == 1:
@@ -124,8 +142,14 @@ class BatchRunner:
             request.call.fail(status)
 
     def expire(self, requests: Sequence[InferRequest]) -> None:
-        """Answer requests whose time was up while they waited."""
-        self._fail(requests, DeadlineExceeded("Request timeout expired"), FailureReason.REJECTED)
+        """Answer requests whose time was up while they waited, or would be before the end of a run."""
+        now_ns = self._clock()
+        expired = [request for request in requests if request.deadline_ns <= now_ns]
+        if expired:
+            self._fail(expired, DeadlineExceeded("Request timeout expired"), FailureReason.REJECTED)
+        if len(expired) < len(requests):
+            late = [request for request in requests if request.deadline_ns > now_ns]
+            self._fail(late, DeadlineExceeded(WOULD_BE_LATE), FailureReason.REJECTED)
 
     def _answered(self, batch: list[InferRequest], answers: list[list[Buffer]]) -> Answers:
         """What is to be sent for a batch that has run."""
@@ -142,6 +166,7 @@ class BatchRunner:
             received_ns += request.call.received_ns
             sampled |= request.call.sampled
         input_ns, infer_ns, output_ns = gathered_ns - started_ns, computed_ns - gathered_ns, ended_ns - computed_ns
+        self._run_times.record(rows, ended_ns - started_ns, ended_ns)
         self._statistics.record_batch(
             rows=rows,
             requests=len(batch),
@@ -249,20 +274,24 @@ def is_small(batch: list[InferRequest]) -> bool:
     return sum([request.size_bytes for request in batch]) <= SMALL_BATCH_BYTES
 
 
-def check_rows(batch: list[InferRequest], outputs: Sequence[np.ndarray]) -> None:
-    """Refuse outputs without one row for each row of the batch: nobody could tell whose they are."""
+def check_rows(name: str, array: np.ndarray, rows: int) -> None:
+    """Refuse an output without one row for each row of the batch: nobody could tell whose they are."""
+    if not array.ndim or len(array) != rows:
+        raise Internal(
+            f"output '{name}' came out with shape {list(array.shape)} for {rows} rows: the model does not keep one"
+            " row per input row; set max_batch_size to 0"
+        )
+
+
+def _check_outputs(batch: list[InferRequest], outputs: Sequence[np.ndarray]) -> None:
     rows = 0
     for request in batch:
         rows += request.rows
     for name, array in zip(batch[0].output_names, outputs, strict=True):
-        if not array.ndim or len(array) != rows:
-            raise Internal(
-                f"output '{name}' came out with shape {list(array.shape)} for {rows} rows: the model does not keep one"
-                " row per input row; set max_batch_size to 0"
-            )
+        check_rows(name, array, rows)
 
 
-def gather(batch: list[InferRequest]) -> dict[str, np.ndarray]:
+def gather_rows(batch: Sequence[InferRequest]) -> dict[str, np.ndarray]:
     """The model's inputs for a batch: one request's own views, or the rows of all in the order of the batch."""
     first = batch[0]
     if len(batch) == 1:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
-from sluice_batching import BatchQueue, QueuePolicy
+from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
+from sluice_server.execution.bucket_options import read_buckets
+from sluice_server.execution.buckets import CuttingEncoder, gatherer
 from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
+from sluice_server.execution.priorities import NS_PER_US, priorities_of
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
+from sluice_server.execution.rate_limit import LimitedInstance, claim_of
 from sluice_server.execution.session import Session
 from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.execution.warmup import warm_up
@@ -35,7 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sluice_batching import ExpiryTimer
-    from sluice_proto.model_config_pb2 import ModelConfig
+    from sluice_proto.model_config_pb2 import ModelConfig, ModelRateLimiter
+    from sluice_server.execution.buckets import Buckets
+    from sluice_server.execution.instance import Gather
     from sluice_server.execution.options import OptionPlan
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
@@ -47,8 +53,6 @@ if TYPE_CHECKING:
     from sluice_server.status import StatusMapper
 
 logger = logging.getLogger(__name__)
-
-NS_PER_US = 1000
 
 NO_CACHE = (
     "response_cache is enabled for this model, but the server has no response cache, so it is served without one:"
@@ -88,6 +92,8 @@ class DeviceGroup:
     threads: ThreadPlan
     options: OptionPlan
     providers: ProviderPlan
+    limits: tuple[ModelRateLimiter, ...]
+    """The `rate_limiter` of each instance that is asked for; there may be fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,7 @@ class PreparedModel:
     groups: tuple[DeviceGroup, ...]
     labels: Mapping[str, tuple[bytes, ...]]
     """The names of the classes of the outputs that have a label file, by the outputs' names."""
+    buckets: Buckets | None
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -114,7 +121,8 @@ def prepare(
     config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=host.has_cuda)
     path = directory.model_file(version, config.default_model_filename)
     groups = []
-    for device, count, kind, name in _placements(config):
+    for device, members in _placements(config).items():
+        kind, name = members[0].kind, members[0].name
         providers = choose_providers(
             config,
             kind,
@@ -124,28 +132,38 @@ def prepare(
             group=name,
             allow_fallback=settings.allow_provider_fallback,
         )
-        threads = plan_threads(count, parameter_values(config), host.cpus, model=config.name, on_gpu=providers.on_gpu)
+        limits = tuple(group.rate_limiter for group in members for _ in range(group.count))
+        threads = plan_threads(
+            len(limits), parameter_values(config), host.cpus, model=config.name, on_gpu=providers.on_gpu
+        )
         options = plan_options(config, threads)
         session = Session(path, options, providers.choices, allow_fallback=settings.allow_provider_fallback)
-        groups.append(DeviceGroup(device, session, threads, options, providers))
+        groups.append(DeviceGroup(device, session, threads, options, providers, limits))
     completed = complete(
         config,
         groups[0].session.signature,
         auto_complete=settings.auto_complete,
         default_max_batch_size=settings.default_max_batch_size,
     )
-    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path))
+    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path), read_buckets(completed))
 
 
-def _placements(config: ModelConfig) -> list[tuple[int, int, int, str]]:
-    """(device, instances, kind, group's name) of each session to open: all groups on one device share it."""
-    placements: dict[int, tuple[int, int, int, str]] = {}
+def _placements(config: ModelConfig) -> dict[int, list[ModelInstanceGroup]]:
+    """The groups that are on each device, in order: they share one session."""
+    placements: dict[int, list[ModelInstanceGroup]] = {}
     for group in config.instance_group:
         on_cpu = group.kind == ModelInstanceGroup.KIND_CPU
         for device in (CPU_DEVICE,) if on_cpu else tuple(group.gpus) or (0,):
-            count = placements[device][1] if device in placements else 0
-            placements[device] = (device, count + group.count, group.kind, group.name)
-    return list(placements.values())
+            placements.setdefault(device, []).append(group)
+    return placements
+
+
+class _How(TypedDict):
+    """What both kinds of runners are told."""
+
+    has_batch_dimension: bool
+    run_times: RunTimes
+    gather: Gather | None
 
 
 class ModelLoader:
@@ -169,31 +187,40 @@ class ModelLoader:
         self._timer = timer
         self._host = Host.of_this_machine(environ)
         self._cache = cache
+        self._limiter = None if settings.rate_limit is None else RateLimiter(settings.rate_limit)
 
     def __call__(self, directory: ModelDirectory, version: int, config: ModelConfig | None) -> ServedModel:
         """Load one version and warm it up; it takes requests once it is started."""
         prepared = prepare(directory, version, config, self._settings, self._host)
         completed = prepared.config
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
-        interface = ModelInterface.of(completed, version, scalars, prepared.labels)
+        buckets = prepared.buckets
+        interface = ModelInterface.of(completed, version, scalars, prepared.labels, buckets)
         policy = self._queue_policy(completed)
-        queue: BatchQueue[InferRequest] = BatchQueue(policy)
+        run_times = RunTimes(sum(group.threads.instances for group in prepared.groups))
+        queue: BatchQueue[InferRequest] = BatchQueue(policy, run_times=run_times)
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
-        encoder, has_rows = Encoder(interface), interface.max_batch_rows > 0
+        encoder, gather = Encoder(interface), None
+        has_rows = interface.max_batch_rows > 0
+        if buckets is not None:
+            # Its outputs have the rows of the padding too, and it checks them itself.
+            encoder, gather, has_rows = CuttingEncoder(interface, buckets), gatherer(buckets, interface), False
+        how = _How(has_batch_dimension=has_rows, run_times=run_times, gather=gather)
         make_model: Callable[..., ServedModel] = ServedModel
         if cache is None:
-            runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows)
+            runner = BatchRunner(encoder, statistics, self._to_status, **how)
         else:
             make_model = CachedModel
             model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
-            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, has_batch_dimension=has_rows)
+            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, **how)
         instances = [
-            Instance(f"{completed.name}-{number}", queue, group.session, runner)
+            self._instance(f"{completed.name}-{number}", queue, group, number, runner)
             for group in prepared.groups
             for number in range(group.threads.instances)
         ]
+        lends = len(prepared.groups) == 1 and not any(isinstance(each, LimitedInstance) for each in instances)
         sessions = [(group.session, group.threads.instances) for group in prepared.groups]
         warm_up(completed, directory.path, interface, runner, sessions)
         return make_model(
@@ -206,8 +233,17 @@ class ModelLoader:
             to_status=self._to_status,
             timer=self._timer,
             properties=_properties(prepared, len(instances)),
-            common_session=prepared.groups[0].session if len(prepared.groups) == 1 else None,
+            common_session=prepared.groups[0].session if lends else None,
         )
+
+    def _instance(
+        self, name: str, queue: BatchQueue[InferRequest], group: DeviceGroup, number: int, runner: BatchRunner
+    ) -> Instance:
+        if self._limiter is not None:
+            claim = claim_of(group.limits[number], group.device, self._limiter, name.rpartition("-")[0])
+            if claim is not None:
+                return LimitedInstance(name, queue, group.session, runner, self._limiter, claim)
+        return Instance(name, queue, group.session, runner)
 
     def _cache_for(self, config: ModelConfig, version: int) -> ResponseCache | None:
         if config.response_cache.enable and self._cache is None:
@@ -226,6 +262,7 @@ class ModelLoader:
             preferred_batch_rows=tuple(sorted(preferred)) if batching else (),
             max_queue_rows=self._settings.queue_rows,
             max_queue_bytes=self._settings.queue_bytes,
+            priorities=priorities_of(config),
         )
 
 

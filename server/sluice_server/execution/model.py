@@ -6,7 +6,7 @@ import functools
 import time
 from typing import TYPE_CHECKING
 
-from sluice_batching import Draining, QueueFull, RequestTooLarge
+from sluice_batching import Draining, QueueFull, RequestTooLarge, TooLate
 from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SluiceError
 from sluice_server.observability.statistics import FailureReason, Outcome
 
@@ -137,7 +137,11 @@ class ServedModel:
             refusal: SluiceError = InvalidArgument(f"model '{name}' never takes this: {error}")
         elif isinstance(error, QueueFull):
             self.statistics.record_refused(Outcome.QUEUE_FULL)
-            refusal = ResourceExhausted(f"Exceeds maximum queue size of model '{name}': {error}")
+            text = f"Exceeds maximum queue size of model '{name}': {error}"
+            refusal = ResourceExhausted(text, retry_after_ns=self.queue.predicted_wait_ns)
+        elif isinstance(error, TooLate):
+            self.statistics.record_refused(Outcome.QUEUE_TIMEOUT)
+            refusal = DeadlineExceeded(f"Request timeout expired: it was not run, as {error}")
         else:
             self.statistics.record_refused(Outcome.QUEUE_TIMEOUT)
             refusal = DeadlineExceeded("Request timeout expired before it was queued")

@@ -69,3 +69,15 @@ class InferRequest(Request):
     def cancel(self) -> None:
         """Take the request out of its model's queue if it still waits there: its client has left."""
         self.model.cancel(self)
+
+
+class PrioritizedRequest(InferRequest):
+    """A request to a model whose queue has priorities or timeouts: `priority` and `timeout_ns` are what it asks for."""
+
+    __slots__ = ("priority", "timeout_ns")
+
+    def ask(self, priority: int, timeout_ns: int) -> PrioritizedRequest:
+        """Set what it asks for, 0 for nothing; gives the request."""
+        self.priority = priority
+        self.timeout_ns = timeout_ns
+        return self

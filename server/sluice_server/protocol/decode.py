@@ -9,7 +9,7 @@ in shared memory is found here, and read when the request runs.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -17,7 +17,7 @@ from sluice_proto import errors as proto_errors
 from sluice_proto import tensors, wire
 from sluice_proto.grpc_service_pb2 import ModelInferRequest
 from sluice_server.errors import InvalidArgument, Unimplemented
-from sluice_server.execution.request import InferRequest
+from sluice_server.execution.request import InferRequest, PrioritizedRequest
 from sluice_server.execution.shared_memory import SharedTensor, SharedTensors, Window
 from sluice_server.graph import format_shape
 from sluice_server.protocol import shared_memory
@@ -39,7 +39,7 @@ and a model that reduces over the empty dimension would allocate all of the rest
 SEQUENCE_ID_BYTES_MAX = 128
 """Of a sequence_id that is text: Triton's limit."""
 
-_NS_PER_US = 1000
+NS_PER_US = 1000
 _NO_WISHES: tuple[dict[str, Window], dict[str, int]] = ({}, {})
 _ANY_KIND = ("int64_param", "bool_param", "string_param", "double_param")
 _BATCH_NOTE = (
@@ -78,7 +78,7 @@ def decode(
 ) -> InferRequest:
     """Validate a request against the model it names; `InvalidArgument` says what is wrong, and where."""
     message = parsed.message
-    timeout_us = check_parameters(message.parameters) if message.parameters else 0
+    wish = check_parameters(message.parameters) if message.parameters else NO_WISH
     inputs = message.inputs
     by_name = {tensor.name: tensor for tensor in inputs}
     if len(by_name) != len(inputs):
@@ -100,7 +100,8 @@ def decode(
     key: Any = output_names
     if interface.variable:
         first = 1 if interface.max_batch_rows else 0
-        key = (output_names, *((name, arrays[name].shape[first:]) for name in interface.inputs if name in arrays))
+        dims = {name: arrays[name].shape[first:] for name in interface.inputs if name in arrays}
+        key = (output_names, *(dims.items() if interface.buckets is None else interface.buckets.key(dims)))
     shared = None
     if windows or Window in map(type, sources):
         shared = SharedTensors({name: item for name, item in arrays.items() if type(item) is SharedTensor}, windows)
@@ -111,8 +112,22 @@ def decode(
         has_rows = interface.max_batch_rows > 0
         classes = {name: Classes(interface.outputs[name], count, has_rows) for name, count in counts.items()}
         key = (key, CLASSIFICATION)
-    deadline_ns = deadline_of(call, timeout_us) if timeout_us else call.deadline_ns
+    if interface.prioritizes:
+        return PrioritizedRequest(
+            call, message.id, arrays, output_names, rows, key, call.deadline_ns, shared, classes
+        ).ask(wish.priority, wish.timeout_us * NS_PER_US)
+    deadline_ns = deadline_of(call, wish.timeout_us) if wish.timeout_us else call.deadline_ns
     return InferRequest(call, message.id, arrays, output_names, rows, key, deadline_ns, shared, classes)
+
+
+class Wish(NamedTuple):
+    """What a request's parameters ask of the queue: a priority, and for how long it may wait; 0 for nothing."""
+
+    priority: int = 0
+    timeout_us: int = 0
+
+
+NO_WISH = Wish()
 
 
 class _Refusal:
@@ -127,11 +142,11 @@ class _Refusal:
 
 def deadline_of(call: Call, timeout_us: int) -> int:
     """When a request with this `timeout` is not worth running any more, on the monotonic clock."""
-    return min(call.deadline_ns, call.received_ns + timeout_us * _NS_PER_US)
+    return min(call.deadline_ns, call.received_ns + timeout_us * NS_PER_US)
 
 
-def check_parameters(parameters: Any) -> int:
-    """Check the reserved parameters and give `timeout` in microseconds, 0 without one; others have no effect."""
+def check_parameters(parameters: Any) -> Wish:
+    """Check the reserved parameters and give what they ask of the queue; others have no effect."""
     for key in parameters:
         expected = _PARAMETER_KINDS.get(key)
         kind = parameters[key].WhichOneof("parameter_choice")
@@ -147,12 +162,16 @@ def check_parameters(parameters: Any) -> int:
             )
     if "sequence_id" in parameters and len(parameters["sequence_id"].string_param.encode()) > SEQUENCE_ID_BYTES_MAX:
         raise Unimplemented(f"a sequence_id of text cannot be longer than {SEQUENCE_ID_BYTES_MAX} characters")
-    if "priority" in parameters and parameters["priority"].int64_param < 0:
+    priority: int = 0
+    if "priority" in parameters:
+        # Only one of the two is set, and the other reads as 0.
+        priority = parameters["priority"].int64_param or parameters["priority"].uint64_param
+    if priority < 0:
         raise InvalidArgument("invalid value for 'priority', expected value >= 0.")
     timeout_us: int = parameters["timeout"].int64_param if "timeout" in parameters else 0
     if timeout_us < 0:
         raise InvalidArgument(f"invalid value for 'timeout', expected microseconds >= 0, got {timeout_us}.")
-    return timeout_us
+    return Wish(priority, timeout_us)
 
 
 # Triton's reserved request parameters and the kinds of value each may have.

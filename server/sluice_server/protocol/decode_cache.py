@@ -28,9 +28,9 @@ from google.protobuf.message import DecodeError
 
 from sluice_proto import wire
 from sluice_proto.grpc_service_pb2 import ModelInferRequest
-from sluice_server.execution.request import InferRequest
+from sluice_server.execution.request import InferRequest, PrioritizedRequest
 from sluice_server.protocol import shared_memory
-from sluice_server.protocol.decode import ParsedRequest, check_parameters, deadline_of, decode
+from sluice_server.protocol.decode import NS_PER_US, ParsedRequest, check_parameters, deadline_of, decode
 
 if TYPE_CHECKING:
     from sluice_server.protocol.interface import ModelInterface
@@ -96,7 +96,7 @@ class KnownHead:
         self._output_names = request.output_names
         self._rows = request.rows
         self._key = request.key
-        self._timeout_us = check_parameters(parsed.message.parameters)
+        self._timeout_us = check_parameters(parsed.message.parameters).timeout_us
 
     def fits(self, data: bytes | memoryview) -> bool:
         """Whether a message of the right length has this head."""
@@ -119,6 +119,28 @@ class KnownHead:
         request_id = str(memoryview(message)[self._id_start : self._id_stop], "ascii") if self._id_stop else ""
         deadline_ns = deadline_of(call, self._timeout_us) if self._timeout_us else call.deadline_ns
         return InferRequest(call, request_id, arrays, self._output_names, self._rows, self._key, deadline_ns)
+
+
+class KnownPrioritizedHead(KnownHead):
+    """The same of a model whose queue decides what a priority and a timeout mean."""
+
+    __slots__ = ("_priority", "_timeout_ns")
+
+    def __init__(
+        self, layout: _Layout, parsed: ParsedRequest, interface: ModelInterface, request: InferRequest
+    ) -> None:
+        super().__init__(layout, parsed, interface, request)
+        self._priority, timeout_us = check_parameters(parsed.message.parameters)
+        self._timeout_ns = timeout_us * NS_PER_US
+        # It is no deadline here.
+        self._timeout_us = 0
+
+    def request(self, call: Call) -> InferRequest:
+        """What `decode` makes of a call whose message fits."""
+        plain = super().request(call)
+        return PrioritizedRequest(
+            call, plain.id, plain.arrays, plain.output_names, plain.rows, plain.key, call.deadline_ns
+        ).ask(self._priority, self._timeout_ns)
 
 
 class DecodeCache:
@@ -166,7 +188,8 @@ class DecodeCache:
         if kind not in self._heads and len(self._heads) >= KINDS_MAX:
             self._heads.clear()
         earlier = self._heads.get(kind, ())
-        self._heads[kind] = (KnownHead(layout, parsed, interface, request), *earlier[: HEADS_PER_KIND_MAX - 1])
+        known = KnownPrioritizedHead if interface.prioritizes else KnownHead
+        self._heads[kind] = (known(layout, parsed, interface, request), *earlier[: HEADS_PER_KIND_MAX - 1])
 
 
 def _kind_of(data: bytes | memoryview) -> tuple[int, bytes]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelOutput
+    from sluice_server.execution.buckets import Buckets
 
 NO_LABELS: Mapping[str, tuple[bytes, ...]] = MappingProxyType({})
 """Of a model without label files."""
@@ -65,6 +66,14 @@ def _carried(
     return (*shape[:batch_dims], *(next(sizes) if dim == VARIABLE else dim for dim in other_dims))
 
 
+def has_queue_policy(config: ModelConfig) -> bool:
+    """Whether a configuration says anything on priorities or on how long requests may wait."""
+    scheduler = config.dynamic_batching
+    return bool(
+        scheduler.priority_levels or scheduler.HasField("default_queue_policy") or scheduler.priority_queue_policy
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInterface:
     """The tensors of one model version. `max_batch_rows` is 0 for a model without a batch dimension."""
@@ -78,6 +87,11 @@ class ModelInterface:
     required_inputs: int
     variable: bool
     """Whether two valid requests may differ in more than their rows, so that a batch key must tell them apart."""
+    buckets: Buckets | None = None
+    """How requests of different shapes share a batch; None: not at all."""
+    prioritizes: bool = False
+    """Whether the queue decides what a request's `priority` and `timeout` mean. Else there are no priorities, and the
+    timeout is a deadline."""
 
     @classmethod
     def of(
@@ -86,8 +100,10 @@ class ModelInterface:
         version: int,
         scalars: frozenset[str] = frozenset(),
         labels: Mapping[str, tuple[bytes, ...]] = NO_LABELS,
+        buckets: Buckets | None = None,
     ) -> ModelInterface:
         """Read a completed configuration; `scalars` are the tensors that are scalars in the graph."""
+        masks = frozenset() if buckets is None else buckets.masks
 
         def read(item: ModelInput | ModelOutput, *, optional: bool) -> TensorInterface:
             graph_dims = tuple(item.reshape.shape) if item.HasField("reshape") else None
@@ -100,7 +116,7 @@ class ModelInterface:
                 labels.get(item.name, ()),
             )
 
-        inputs = {item.name: read(item, optional=item.optional) for item in config.input}
+        inputs = {item.name: read(item, optional=item.optional or item.name in masks) for item in config.input}
         outputs = {item.name: read(item, optional=False) for item in config.output}
         return cls(
             name=config.name,
@@ -111,4 +127,6 @@ class ModelInterface:
             output_names=tuple(outputs),
             required_inputs=sum(not tensor.optional for tensor in inputs.values()),
             variable=any(tensor.variable or tensor.optional for tensor in inputs.values()),
+            buckets=buckets,
+            prioritizes=has_queue_policy(config),
         )

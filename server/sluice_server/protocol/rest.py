@@ -19,6 +19,7 @@ from sluice_server.observability.statistics import Outcome
 from sluice_server.protocol import rest_infer, rest_json, rest_routes
 from sluice_server.protocol.openapi import describe
 from sluice_server.protocol.rpcs import path_of
+from sluice_server.retry_after import retry_after_s
 from sluice_server.status import HTTP_CODES, Code, Status
 from sluice_server.transport.call import Call
 
@@ -276,7 +277,9 @@ def _wrong_verb(route: Route) -> HttpAnswer:
 
 def refusal(status: Status, codes: Mapping[Code, int] | None = None) -> HttpAnswer:
     """The answer to a call that has failed; `codes` come before the table."""
-    return plain_error({**HTTP_CODES, **codes}[status.code] if codes else HTTP_CODES[status.code], status.message)
+    code = {**HTTP_CODES, **codes}[status.code] if codes else HTTP_CODES[status.code]
+    wait_s = retry_after_s(status.trailers)
+    return plain_error(code, status.message, *(() if wait_s is None else (("retry-after", str(wait_s)),)))
 
 
 def plain_error(code: int, text: str, *headers: tuple[str, str]) -> HttpAnswer:

@@ -18,6 +18,11 @@ MAX_INSTANCES: Final = 1024
 MAX_FILE_NAME_BYTES: Final = 255
 """NAME_MAX of the file systems in use: a longer name could never be opened."""
 
+MAX_TIMEOUT_US: Final = 2**53
+"""Some 285 years: whatever is longer was not meant, and would not fit the queue's clock."""
+
+NO_LEVELS: Final = "and there are no levels: set priority_levels"
+
 SCALAR_DIMS: Final = (1,)
 """How a configuration writes a tensor that has no dims of its own, as `dims` cannot be empty."""
 
@@ -145,6 +150,30 @@ def _check_batching(config: ModelConfig, model: str) -> None:
         if not 0 < size <= config.max_batch_size:
             what = f"{size} must be from 1 to max_batch_size, which is {config.max_batch_size}"
             raise _config_error(model, "dynamic_batching.preferred_batch_size", what)
+    _check_priorities(config, model)
+
+
+def _check_priorities(config: ModelConfig, model: str) -> None:
+    """Check priority levels, and that policies are of levels that there are."""
+    scheduler = config.dynamic_batching
+    levels, default = scheduler.priority_levels, scheduler.default_priority_level
+    field = "dynamic_batching.default_priority_level"
+    if levels and not 1 <= default <= levels:
+        raise _config_error(model, field, f"is {default}, expected 1 to priority_levels, which is {levels}")
+    if default and not levels:
+        raise _config_error(model, field, f"is {default}, {NO_LEVELS}")
+    policies = [("default_queue_policy", scheduler.default_queue_policy)]
+    for level, policy in sorted(scheduler.priority_queue_policy.items()):
+        where = f'priority_queue_policy["{level}"]'
+        if not 1 <= level <= levels:
+            reason = f"expected 1 to priority_levels, which is {levels}" if levels else NO_LEVELS
+            raise _config_error(model, f"dynamic_batching.{where}", f"is of level {level}, {reason}")
+        policies.append((where, policy))
+    for where, policy in policies:
+        timeout_us = policy.default_timeout_microseconds
+        if timeout_us > MAX_TIMEOUT_US:
+            what = f"is {timeout_us}, expected {MAX_TIMEOUT_US} at most"
+            raise _config_error(model, f"dynamic_batching.{where}.default_timeout_microseconds", what)
 
 
 def _check_response_cache(config: ModelConfig, model: str) -> None:

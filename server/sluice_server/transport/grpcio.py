@@ -1,6 +1,6 @@
 """The portable transport: grpcio's asyncio server on a thread and an event loop of its own.
 
-Calls that arrive during one turn of the event loop go up as one list, on the loop's thread, which is therefore this
+Calls that arrive while the event loop has work go up as one list, on the loop's thread, which is therefore this
 transport's intake thread: a separate one would add a hand-off for each request and save none. Ends come back through
 one queue that is emptied on the loop once per wake-up, so that a batch costs one wake-up and not one per request.
 A stream has two tasks: gRPC's own, which writes, and one that reads while the stream has room.
@@ -12,7 +12,6 @@ import asyncio
 import collections
 import concurrent.futures
 import logging
-import resource
 import threading
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ import grpc.aio
 
 from sluice_server.status import Code, Status
 from sluice_server.transport.call import STREAM_AHEAD, ListenError
-from sluice_server.transport.gathering import HOLD_NS, Gathering
+from sluice_server.transport.gathering import CALLS_MAX, HOLD_S, IdleSelector
 from sluice_server.transport.grpcio_calls import GrpcioCall, GrpcioMessage, GrpcioStream
 from sluice_server.transport.grpcio_options import channel_args, server_credentials
 from sluice_server.transport.listening import check_address
@@ -41,9 +40,6 @@ BIND_TIMEOUT_S = 30.0
 
 LAST_ENDS_S = 1.0
 """How long calls that are failed because the server's time is up have to reach their clients."""
-
-_OF_THREAD: int | None = getattr(resource, "RUSAGE_THREAD", None)
-"""Only Linux counts the pauses of one thread; elsewhere nothing is held for company."""
 
 _TIME_IS_UP = Status(Code.UNAVAILABLE, "the server has shut down before this call was finished")
 
@@ -90,12 +86,9 @@ class GrpcioTransport:
         self._handler = handler
         self._methods = methods
         self._options = options
-        self._gathering = Gathering()
         self._inbox: list[GrpcioCall | GrpcioMessage] = []
         self._hold: asyncio.TimerHandle | None = None
-        self._delivery_is_due = False
         self._open: set[GrpcioCall | GrpcioStream] = set()
-        self._company = 0
         self._outbox: collections.deque[tuple[GrpcioCall | GrpcioStream, Status | None, bytes]] = collections.deque()
         self._wake_is_due = False
         self._outcomes: collections.Counter[tuple[str, Code]] = collections.Counter()
@@ -147,11 +140,15 @@ class GrpcioTransport:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._serve())
+            with asyncio.Runner(loop_factory=self._make_loop) as runner:
+                runner.run(self._serve())
         except BaseException as error:
             if self._bound.done():
                 raise
             self._bound.set_exception(error)
+
+    def _make_loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.SelectorEventLoop(IdleSelector(self._on_idle))
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -252,7 +249,6 @@ class GrpcioTransport:
                 await context.write(stream.outgoing.popleft())
                 if stream.ahead:
                     stream.ahead -= 1
-                    self._company -= 1
                     stream.room.set()
             if stream.status is not None:
                 return stream.status
@@ -260,22 +256,22 @@ class GrpcioTransport:
 
     def _accept(self, call: GrpcioCall | GrpcioMessage) -> None:
         self._inbox.append(call)
-        self._company += call.message is not None
-        if self._gathering.arrived(self._company) and _OF_THREAD is not None:
-            self._gathering.sampled(resource.getrusage(_OF_THREAD).ru_nvcsw)
-        if self._gathering.holds(len(self._inbox)):
-            if self._hold is None:
-                self._hold = self.loop.call_later(HOLD_NS / 1e9, self._deliver)
-        elif not self._delivery_is_due:
-            # At the end of this turn of the loop, with whatever arrives in the rest of it.
-            self._delivery_is_due = True
-            self.loop.call_soon(self._deliver)
+        if self._hold is None:
+            self._hold = self.loop.call_later(HOLD_S, self._deliver)
+        elif len(self._inbox) >= CALLS_MAX:
+            self._deliver()
+
+    def _on_idle(self) -> bool:
+        if self._hold is None:
+            return False
+        self.loop.call_soon(self._deliver)
+        return True
 
     def _deliver(self) -> None:
-        self._delivery_is_due = False
-        if self._hold is not None:
-            self._hold.cancel()
-            self._hold = None
+        if self._hold is None:  # a full list has gone meanwhile
+            return
+        self._hold.cancel()
+        self._hold = None
         calls = [call for call in self._inbox if not call.ended]
         self._inbox = []
         self._handler(calls)
@@ -303,4 +299,3 @@ class GrpcioTransport:
         rpc.on_cancel = None  # it leads back to the call: without it, memory is freed at once and not by the collector
         self._outcomes[rpc.method, code] += 1
         self._open.discard(rpc)
-        self._company -= rpc.leave()

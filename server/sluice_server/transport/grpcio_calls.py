@@ -100,10 +100,6 @@ class GrpcioCall(_OfContext, Call):
         self.future.set_result((status, payload))
         return status.code
 
-    def leave(self) -> int:
-        """How many requests leave the server with the end of the call."""
-        return 1
-
 
 class GrpcioStream(_OfContext, Stream):
     """One stream of the grpcio server: what is still to be written, and the two tasks that wait for a change."""
@@ -144,11 +140,6 @@ class GrpcioStream(_OfContext, Stream):
             return None
         self.status = status
         return status.code
-
-    def leave(self) -> int:
-        """How many requests leave the server with the end of the stream: those without an answer that was written."""
-        ahead, self.ahead = self.ahead, 0
-        return ahead
 
     def code_of_leaving(self, now_ns: int) -> Code:
         """Why the client left at this time."""

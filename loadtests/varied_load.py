@@ -1,8 +1,9 @@
-"""A load generator whose requests all differ, which h2load cannot do: `python -m loadtests.unique_load`.
+"""A load generator whose requests differ, which h2load cannot do: `python -m loadtests.varied_load`.
 
-It speaks as much HTTP/2 as it needs to send one kind of small unary gRPC call in a closed loop: heads are coded once
-and never indexed, and of what comes back only the lengths of frames and the ends of streams are looked at. In each
-message the eight bytes at `--offset` are the request's number, as two float32s: no two requests of a run are equal.
+It speaks as much HTTP/2 as it needs to send small unary gRPC calls of one method in a closed loop: heads are coded once
+and never indexed, and of what comes back only the lengths of frames and the ends of streams are looked at. The messages
+of a file are sent in turn. With `--offset` the eight bytes there are the request's number in each, as two float32s: no
+two requests of a run are equal then.
 """
 
 import argparse
@@ -13,9 +14,10 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
-from loadtests.h2load import GRPC_PREFIX_BYTES, frame
+from loadtests.h2load import GRPC_PREFIX_BYTES
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FRAME_HEAD = struct.Struct(">HBBBI")
@@ -51,19 +53,36 @@ def numbered(first: int) -> Iterator[bytes]:
         number += 1
 
 
+def split_frames(data: bytes) -> list[bytes]:
+    """The messages of a file, each with its gRPC prefix, as they are sent."""
+    frames = []
+    at = 0
+    while at < len(data):
+        stop = at + GRPC_PREFIX_BYTES + int.from_bytes(data[at + 1 : at + GRPC_PREFIX_BYTES], "big")
+        frames.append(data[at:stop])
+        at = stop
+    return frames
+
+
+def unique(body: bytes, offset: int, first: int) -> Iterator[bytes]:
+    """The same body for ever, each time with another number at this offset of its message."""
+    at = GRPC_PREFIX_BYTES + offset
+    before, behind = body[:at], body[at + 8 :]
+    for number in numbered(first):
+        yield before + number + behind
+
+
 class Connection:
     """One connection and its streams in flight."""
 
-    def __init__(self, port: int, path: str, message: bytes, offset: int, numbers: Iterator[bytes]) -> None:
+    def __init__(self, port: int, path: str, bodies: Iterator[bytes]) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "127.0.0.1"}
         fields |= {"content-type": "application/grpc", "te": "trailers"}
         self._fields = b"".join(literal(name, value) for name, value in fields.items())
-        body = frame(message)
-        at = len(body) - len(message) + offset
-        self._before, self._behind, self._body_bytes = body[:at], body[at + 8 :], len(body)
-        self._numbers = numbers
+        self._bodies = bodies
+        self._body = b""
         self._next_stream = 1
         self._window = FIRST_WINDOW
         self._received_bytes = 0
@@ -88,19 +107,22 @@ class Connection:
     def _send(self, first: bytes) -> None:
         parts = [first]
         now_s = time.perf_counter()
-        while self.waiting and self._window >= self._body_bytes:
+        while self.waiting:
+            # One that the window has no room for yet is kept for later.
+            body = self._body = self._body or next(self._bodies)
+            if self._window < len(body):
+                break
+            self._body = b""
             stream = self._next_stream
             self._next_stream += 2
-            self._window -= self._body_bytes
+            self._window -= len(body)
             self.waiting -= 1
             self._began[stream] = now_s
             parts += (
                 head(HEADERS, END_HEADERS, stream, len(self._fields)),
                 self._fields,
-                head(DATA, END_STREAM, stream, self._body_bytes),
-                self._before,
-                next(self._numbers),
-                self._behind,
+                head(DATA, END_STREAM, stream, len(body)),
+                body,
             )
         data = b"".join(parts)
         if data:
@@ -179,16 +201,20 @@ def run(connections: list[Connection], streams: int, requests: int) -> dict[str,
 
 def main() -> None:
     """Send, and print what was measured as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m loadtests.unique_load", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m loadtests.varied_load", description=__doc__, allow_abbrev=False)
     parser.add_argument("path", help="of the RPC")
-    parser.add_argument("message", type=Path, help="a file with the request's message")
-    for name in ("port", "connections", "streams", "requests", "offset", "first"):
+    parser.add_argument("messages", type=Path, help="a file with messages, each behind its gRPC prefix")
+    for name in ("port", "connections", "streams", "requests"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--offset", type=int, help="where the number of a request is in the one message")
+    parser.add_argument("--first", type=int, default=0, help="the first number")
     args = parser.parse_args()
-    numbers, message = numbered(args.first), args.message.read_bytes()
-    if len(message) + GRPC_PREFIX_BYTES > FRAME_BYTES_MAX:
-        raise SystemExit(f"the message has {len(message)} bytes, and only what fits one frame can be sent")
-    connections = [Connection(args.port, args.path, message, args.offset, numbers) for _ in range(args.connections)]
+    frames = split_frames(args.messages.read_bytes())
+    longest = max(map(len, frames))
+    if longest > FRAME_BYTES_MAX:
+        raise SystemExit(f"a message has {longest} bytes with its prefix, and only what fits one frame can be sent")
+    bodies = cycle(frames) if args.offset is None else unique(frames[0], args.offset, args.first)
+    connections = [Connection(args.port, args.path, bodies) for _ in range(args.connections)]
     json.dump(run(connections, args.streams, args.requests), sys.stdout)
 
 
