@@ -145,9 +145,9 @@ def _count(text: str) -> int:
     return count
 
 
-def find() -> str:
+def find(tools: Path = TOOLS) -> str:
     """The path of perf_analyzer; SweepFailed says how to get it."""
-    program = shutil.which("perf_analyzer") or shutil.which("perf_analyzer", path=TOOLS / "bin")
+    program = shutil.which("perf_analyzer") or shutil.which("perf_analyzer", path=tools / "bin")
     if program is None:
         raise SweepFailed("perf_analyzer is not there: `make perf_analyzer` gets it")
     return program

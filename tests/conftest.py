@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sluice_batching import ExpiryTimer
+from sluice_server.execution.cuda_driver import find_driver
 from support.server import TRANSPORTS, RunningServer, need, running, server_settings
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ def start_server(transport: str) -> Iterator[StartServer]:
     """Start servers: `start_server(repository, ..., models={...}, **fields of ServerSettings)`."""
     with ExitStack() as stack:
 
-        def start(*repositories: Path, environ: dict[str, str] | None = None, **changes: Any) -> RunningServer:
-            return stack.enter_context(running(server_settings(*repositories, **changes), transport, environ))
+        def start(
+            *repositories: Path, environ: dict[str, str] | None = None, find_cuda: Any = find_driver, **changes: Any
+        ) -> RunningServer:
+            settings = server_settings(*repositories, **changes)
+            return stack.enter_context(running(settings, transport, environ, find_cuda))
 
         yield start
 

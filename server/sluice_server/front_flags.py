@@ -61,12 +61,12 @@ def _compile(text: str, flags: re.RegexFlag) -> re.Pattern[str]:
 def _restrictions(entries: Sequence[str], flag: str, what: str, prefix: str) -> Mapping[str, Restriction]:
     restricted: dict[str, Restriction] = {}
     for entry in entries:
-        names, _, pair = entry.partition(":")
-        key, equals, value = pair.partition("=")
-        # The value is a secret: no error repeats it.
+        # The value, all behind the first =, is a secret: no error repeats it, whatever is wrong before it.
+        told, equals, value = entry.partition("=")
+        names, _, key = told.partition(":")
         if not equals or not _KEY.fullmatch(key) or not _VALUE.fullmatch(value):
             raise SettingsError(
-                f"{flag}={names}:{key}...: expected GROUP,GROUP,...:KEY=VALUE, where KEY can be the name of a header"
+                f"{flag}={told}...: expected GROUP,GROUP,...:KEY=VALUE, where KEY can be the name of a header"
                 " and VALUE is printable ASCII"
             )
         for name in names.split(","):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from sluice_batching import ExpiryTimer
 from sluice_server.execution import runtime
+from sluice_server.execution.cuda_driver import find_driver
 from sluice_server.execution.loader import ModelLoader
 from sluice_server.execution.providers import check_distributions
 from sluice_server.execution.response_cache import ResponseCache
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     import re
     from collections.abc import Callable, Mapping
 
+    from sluice_server.execution.cuda_driver import CudaDriver
     from sluice_server.protocol.rpcs import Rpc
     from sluice_server.settings import HttpSettings, ServerSettings
     from sluice_server.status import Code
@@ -85,8 +87,13 @@ def check_runtime() -> None:
 class Server:
     """One server in this process. `start`, then `stop`; both from the same thread."""
 
-    def __init__(self, settings: ServerSettings, environ: Mapping[str, str]) -> None:
-        """Build every part; `start` opens the ports."""
+    def __init__(
+        self,
+        settings: ServerSettings,
+        environ: Mapping[str, str],
+        find_cuda: Callable[[], tuple[CudaDriver | None, str]] = find_driver,
+    ) -> None:
+        """Build every part; `start` opens the ports. `find_cuda` is asked where clients may share memory."""
         runtime.configure_runtime()
         self._settings = settings
         self._version = importlib.metadata.version("sluice")
@@ -103,7 +110,7 @@ class Server:
         self.manager = self._create_manager(to_status, environ)
         self._poller = Poller(self.manager.poll, settings.models.poll_interval_s)
         control = ControlPolicy(allow_any=settings.allow_any_control)
-        regions = SharedMemory(RegionTable() if settings.allow_client_shm else None, control)
+        regions = SharedMemory(RegionTable(), control, *find_cuda()) if settings.allow_client_shm else SharedMemory()
         rpcs = self._create_rpcs(control, regions)
         self._dispatcher = self._create_dispatcher(
             {**rpcs, health.CHECK: self._health.check},

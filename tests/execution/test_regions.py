@@ -20,6 +20,7 @@ from sluice_server.execution.shared_memory import (
     RegionTable,
     SharedTensor,
     SharedTensors,
+    SystemRegion,
     Window,
     gather,
     write_outputs,
@@ -59,20 +60,20 @@ def tensor(window, *shape: int, dtype=FP32) -> SharedTensor:
 def test_a_region_is_entered_found_listed_and_forgotten(table, shm):
     table.register("a", shm.key, 0, 64)
     table.register("b", shm.key.removeprefix("/"), 60, 4)
-    assert [(region.name, region.offset, region.size_bytes) for region in table.select()] == [
+    assert [(region.name, region.offset, region.size_bytes) for region in table.select(SystemRegion)] == [
         ("a", 0, 64),
         ("b", 60, 4),
     ]
-    assert table.select("b") == [table.find("b")]
-    table.unregister("a")
-    table.unregister("a")
-    assert [region.name for region in table.select()] == ["b"]
-    table.unregister()
-    assert table.select() == []
+    assert table.select(SystemRegion, "b") == [table.find("b")]
+    table.unregister(SystemRegion, "a")
+    table.unregister(SystemRegion, "a")
+    assert [region.name for region in table.select(SystemRegion)] == ["b"]
+    table.unregister(SystemRegion)
+    assert table.select(SystemRegion) == []
     with pytest.raises(NotFound, match="Unable to find shared memory region: 'a'"):
         table.find("a")
     with pytest.raises(NotFound, match="Unable to find system shared memory region: 'a'"):
-        table.select("a")
+        table.select(SystemRegion, "a")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_a_range_that_is_not_in_the_object_is_refused(tmp_path, shm, offset, siz
         InvalidArgument, match=f"failed to register shared memory region 'r': invalid args: {size_bytes}"
     ):
         table.register("r", shm.key, offset, size_bytes)
-    assert table.select() == []
+    assert table.select(SystemRegion) == []
     assert shm.times_open() == 0
 
 
@@ -152,7 +153,7 @@ def test_regions_and_their_bytes_are_bounded(table, shm):
     table.register("c", shm.key, 0, 1)
     with pytest.raises(ResourceExhausted, match="3 are registered"):
         table.register("d", shm.key, 0, 1)
-    table.unregister("b")
+    table.unregister(SystemRegion, "b")
     table.register("d", shm.key, 0, 1)
 
 
@@ -257,13 +258,13 @@ def test_an_object_is_open_until_nobody_needs_it(table, shm):
     table.register("r", shm.key, 16, 48)
     assert shm.times_open() == 1
     window = table.find("r").window(0, 4)
-    table.unregister("r")
+    table.unregister(SystemRegion, "r")
     table.register("r", shm.key, 0, 4)
     assert shm.times_open() == 2
     np.testing.assert_array_equal(tensor(window, 1).read(), [4])
     del window
     assert shm.times_open() == 1
-    table.unregister()
+    table.unregister(SystemRegion)
     assert shm.times_open() == 0
 
 

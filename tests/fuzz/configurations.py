@@ -68,9 +68,12 @@ def plan(written: ModelConfig | None, signature: GraphSignature, directory: Path
         assert all(explain_ensemble(config, config, [ModelConfig()] * len(config.ensemble_scheduling.step)))
         assert normalize(config, name=name) == config
         return config
-    for device, count, kind, group in _placements(config):
+    for device, members in _placements(config).items():
+        kind, group = members[0].kind, members[0].name
         providers = choose_providers(config, kind, max(device, 0), PROVIDERS, 0, group=group)
-        threads = plan_threads(count, parameter_values(config), CPUS, model=name, on_gpu=providers.on_gpu)
+        threads = plan_threads(
+            sum(member.count for member in members), parameter_values(config), CPUS, model=name, on_gpu=providers.on_gpu
+        )
         plan_options(config, threads)
     completed = complete(config, signature)
     ModelInterface.of(completed, 1, scalar_tensors(completed, signature), read_labels(completed, directory))

@@ -49,6 +49,7 @@ def cache_seeds() -> list[bytes]:
         joined([first + x + two[0] + raw + two[1], second + x + two[0] + two[1] + raw]),
         joined([first + asked + x + raw, second + asked + x + raw]),
         joined([name + tensor("T", "BYTES", [1, 1]) + x + field(RAW_FIELD, b"\1\0\0\0a") + raw]),
+        joined([name + tensor("T", "BYTES", [1, 1]) + x + field(RAW_FIELD, b"\2\0\0\0ab") + raw]),
         joined([first + x + raw, first + x + raw + field(99, raw), name + raw + x]),
     ]
 

@@ -22,7 +22,7 @@ from sluice_server.protocol.rpcs import SERVICE, path_of
 from sluice_server.protocol.streams import ERROR_AS_STATUS
 from sluice_server.status import Code
 from support.any_messages import any_message
-from support.fakes import PATIENCE_S, RecordingStream
+from support.fakes import PATIENCE_S, RecordingStream, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -274,8 +274,10 @@ class Rpcs:
 
     def look(self) -> None:
         """A good request is answered; regions that were registered are forgotten."""
-        (end,) = self.serving.end_of(b"", path_of("SystemSharedMemoryUnregister")).ends
-        assert end[0].code is Code.OK, end
+        for kind in ("System", "Cuda"):
+            (end,) = self.serving.end_of(b"", path_of(f"{kind}SharedMemoryUnregister")).ends
+            assert end[0].code is Code.OK, end
+        eventually(lambda: not self.serving.gpu.times_open, "the memory of the GPU is let go")
         check_good(self.serving)
 
 
@@ -306,13 +308,19 @@ def rpc_seeds() -> list[bytes]:
     named = [path for path in RPC_PATHS if "name" in request_class(path).DESCRIPTOR.fields_by_name]
     told += [(path, request_class(path)(name="simple")) for path in named]
     register = pb.SystemSharedMemoryRegisterRequest(name="other", key="/nope", offset=1, byte_size=8)
+    on_gpu = pb.CudaSharedMemoryRegisterRequest(name="gpu", raw_handle=serving.GPU_HANDLE, byte_size=64)
     trace = pb.TraceSettingRequest(model_name="simple")
     trace.settings["trace_level"].value.extend(["TIMESTAMPS", "TENSORS"])
     trace.settings["trace_rate"].value.append("2")
     log = pb.LogSettingsRequest()
     log.settings["log_verbose_level"].uint32_param = 1
     log.settings["log_format"].string_param = "ISO8601"
-    for name, message in (("SystemSharedMemoryRegister", register), ("TraceSetting", trace), ("LogSettings", log)):
+    for name, message in (
+        ("SystemSharedMemoryRegister", register),
+        ("CudaSharedMemoryRegister", on_gpu),
+        ("TraceSetting", trace),
+        ("LogSettings", log),
+    ):
         told.append((path_of(name), message))
     return [bytes([RPC_PATHS.index(path)]) + pb_message(message) for path, message in told]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import queue
 import time
@@ -18,7 +19,7 @@ from protocol.any_requests import requests
 from protocol.any_rest_heads import HEADS, VALUES
 from protocol.rest_form import body_of, path_of
 from sluice_server.protocol.rest import HEAD_LENGTH, Exchange
-from support.fakes import PATIENCE_S
+from support.fakes import PATIENCE_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -114,7 +115,9 @@ class Rests:
 
     def look(self) -> None:
         """A good request is answered over both protocols, regions are forgotten, and the queues are empty."""
-        self.check(pack("POST", "/v2/systemsharedmemory/unregister", "-", b""))
+        for kind in ("system", "cuda"):
+            self.check(pack("POST", f"/v2/{kind}sharedmemory/unregister", "-", b""))
+        eventually(lambda: not self.serving.gpu.times_open, "the memory of the GPU is let go")
         exchange = unpack(rest_seeds()[0])
         self.serving.rest.take(exchange)
         self.serving.rest.flush()
@@ -161,7 +164,8 @@ def rest_seeds() -> list[bytes]:
 
 
 _REGION = b'{"key": "/nope", "offset": 0, "byte_size": 8}'
-_GPU_REGION = b'{"raw_handle": {"b64": "YQ=="}, "device_id": 0, "byte_size": 8}'
+_HANDLE = base64.b64encode(serving.GPU_HANDLE)
+_GPU_REGION = b'{"raw_handle": {"b64": "%s"}, "device_id": 0, "byte_size": 8}' % _HANDLE
 _TRACES = b'{"trace_level": ["TIMESTAMPS"], "trace_rate": "2", "trace_count": null}'
 OTHERS = (
     *(("GET", path, b"") for path in (

@@ -10,6 +10,7 @@ import numpy as np
 from protocol.any_requests import VALID, check_answer, write_models
 from sluice_batching import ExpiryTimer
 from sluice_proto import grpc_service_pb2 as pb
+from sluice_server.execution.cuda_driver import LibCuda
 from sluice_server.execution.loader import ModelLoader
 from sluice_server.execution.shared_memory import RegionTable
 from sluice_server.observability.logs import LogControl, LogOptions
@@ -26,6 +27,7 @@ from sluice_server.repository.manager import ModelManager
 from sluice_server.security.control import ControlPolicy
 from sluice_server.settings import ModelSettings
 from sluice_server.status import Code, StatusMapper
+from support.cuda import FakeCuda
 from support.fakes import PATIENCE_S, RecordingCall
 from support.requests import answer_arrays, infer_request
 from support.shared_memory import Object, put_into_region
@@ -35,9 +37,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sluice_server.execution.model import ServedModel
+    from sluice_server.execution.response_cache import ResponseCache
+
+MEMORY = "memory"
+"""The folder of the shared memory objects."""
 
 REGION = "region"
 REGION_BYTES = 4096
+
+GPU_BYTES = 256
+"""Of the one memory that a client shares on a GPU."""
+
+GPU_HANDLE = FakeCuda().export(1).handle
+"""That of the first memory, wherever it is."""
 
 REFUSALS = frozenset((Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED, Code.DEADLINE_EXCEEDED))
 """What an inference request may be refused with. DEADLINE_EXCEEDED: its own `timeout`, which may be a microsecond."""
@@ -65,6 +77,7 @@ class Serving(NamedTuple):
     manager: ModelManager
     dispatcher: Dispatcher
     rest: Rest
+    gpu: FakeCuda
 
     def end_of(self, message: bytes, path: str = "", *, lend: bool = False) -> RecordingCall:
         """Send a message to an RPC, inference by default; the call, ended. With `lend` it is run on this thread."""
@@ -74,22 +87,31 @@ class Serving(NamedTuple):
             work()
         status, _ = call.wait()
         status.message.encode()  # so that it can be sent
+        call.on_cancel = None  # as transports do: it leads back to the call, and what it uses is to be let go at once
         return call
 
 
 @contextmanager
-def serving(directory: Path) -> Iterator[Serving]:
-    """The models of tests/protocol, loaded and started, with one shared memory region, its objects in a folder."""
-    repository, memory = directory / "models", directory / "memory"
-    repository.mkdir()
+def serving(directory: Path, cache: ResponseCache | None = None) -> Iterator[Serving]:
+    """The models of tests/protocol, loaded and started, with one shared memory region, its objects in a folder.
+
+    With `cache` all of the models ask for it.
+    """
+    repository, memory = directory / "models", directory / MEMORY
+    repository.mkdir(parents=True)
     memory.mkdir()
     write_models(repository)
+    if cache is not None:
+        for config in repository.glob("*/config.pbtxt"):
+            config.write_text(f"{config.read_text()}\nresponse_cache {{ enable: true }}\n")
     timer, to_status, control = ExpiryTimer(), StatusMapper(), ControlPolicy()
     settings = ModelSettings(repositories=(repository,))
-    manager = ModelManager(Repositories([repository]), ModelLoader(settings, to_status, timer, {}))
+    manager = ModelManager(Repositories([repository]), ModelLoader(settings, to_status, timer, {}, cache=cache))
     assert not manager.start(())
     table = RegionTable(memory)
-    regions = SharedMemory(table, control)
+    gpu = FakeCuda()
+    gpu.export(GPU_BYTES)
+    regions = SharedMemory(table, control, LibCuda(gpu))
     with Object(REGION_BYTES, memory) as shared:
         table.register(REGION, shared.key, 0, REGION_BYTES)
         traces = TraceControl(TraceConfig())
@@ -108,7 +130,7 @@ def serving(directory: Path) -> Iterator[Serving]:
 
         rest = Rest(dispatcher(), manager, to_status, "0")
         try:
-            yield Serving(manager, dispatcher(streams=streams), rest)
+            yield Serving(manager, dispatcher(streams=streams), rest, gpu)
         finally:
             assert manager.stop(PATIENCE_S)
             timer.stop()

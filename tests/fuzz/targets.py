@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fuzz.cached import built_lists, cached_seeds, open_cached
 from fuzz.configurations import (
     built_jsons,
     built_loads,
@@ -14,6 +15,7 @@ from fuzz.configurations import (
     text_seeds,
 )
 from fuzz.decoding import built_pairs, built_wire, cache_seeds, open_cache, open_wire, wire_seeds
+from fuzz.gates import built_gates, gate_seeds, open_gates
 from fuzz.inference import (
     built_requests,
     built_rpcs,
@@ -25,9 +27,11 @@ from fuzz.inference import (
     stream_seeds,
 )
 from fuzz.mutators import behind, change_json, change_message, in_one
+from fuzz.regions import built_regions, open_regions, region_seeds
 from fuzz.rest import built_rests, change_request, open_rests, rest_seeds
 from fuzz.serving import seeds
 from fuzz.subject import Target
+from fuzz.warmups import built_warmups, open_warmups, warmup_seeds
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -41,5 +45,11 @@ TARGETS: dict[str, Target] = {
         Target("config", open_texts, text_seeds, built_texts, 60_000, 2_000),
         Target("json", open_jsons, json_seeds, built_jsons(), 80_000, 2_000, change_json),
         Target("loads", open_loads, load_seeds, built_loads(), 20_000, 2_000, in_one(behind(1, change_message))),
+        Target("cached", open_cached, cached_seeds, built_lists(), 40_000, 2_000, in_one(change_message)),
+        Target("gates", open_gates, gate_seeds, built_gates(), 60_000, 2_000),
+        Target("warmups", open_warmups, warmup_seeds, built_warmups(), 20_000, 1_000, behind(1, change_message)),
+        Target(
+            "regions", open_regions, region_seeds, built_regions(), 40_000, 2_000, in_one(behind(1, change_message))
+        ),
     )
 }

@@ -224,7 +224,7 @@ WRONG = [
     (["--grpc-infer-thread-count=129"], "--grpc-infer-thread-count"),
     (["--transport=grpcio", "--grpc-infer-thread-count=2"], "--grpc-infer-thread-count needs the native transport"),
     (["--grpc-restricted-protocol=everything:k=v"], "no group 'everything'; there are health, metadata"),
-    (["--grpc-restricted-protocol=trace"], "--grpc-restricted-protocol=trace:"),
+    (["--grpc-restricted-protocol=trace"], "--grpc-restricted-protocol=trace...:"),
     (["--grpc-restricted-protocol=trace:k"], "--grpc-restricted-protocol=trace:k"),
     (["--grpc-restricted-protocol=trace:k="], "--grpc-restricted-protocol=trace:k"),
     (["--grpc-restricted-protocol=trace:k k=v"], "--grpc-restricted-protocol=trace:k k"),
@@ -307,6 +307,13 @@ def test_what_cannot_be_used_is_named(flags, named):
         parse_serve([REPOSITORY, *flags])
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["trace key=sesame", "trace=sesame:key=v", "nope:key=sesame", "trace:k y=sesame"])
+def test_the_value_of_a_restriction_that_is_wrong_is_not_told(text):
+    with pytest.raises(SettingsError) as refused:
+        parse_serve([REPOSITORY, f"--grpc-restricted-protocol={text}"])
+    assert "sesame" not in str(refused.value)
 
 
 def test_a_repository_is_needed():

@@ -9,7 +9,7 @@ import pytest
 
 from loadtests import perf_sweep, processes
 from loadtests.models import generate
-from loadtests.perf_sweep import TOOLS, WAYS, Run, read, render, told_errors
+from loadtests.perf_sweep import TOOLS, WAYS, Run, SweepFailed, find, read, render, told_errors
 
 needs_perf_analyzer = pytest.mark.skipif(
     (shutil.which("perf_analyzer") or shutil.which("perf_analyzer", path=TOOLS / "bin")) is None,
@@ -61,13 +61,10 @@ def test_what_is_about_a_server_that_runs_needs_its_url(
     assert "give its --url" in capsys.readouterr().err
 
 
-def test_without_perf_analyzer_it_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_perf_analyzer_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(perf_sweep, "TOOLS", tmp_path)
-    assert perf_sweep.main([]) == 1
-    assert "`make perf_analyzer` gets it" in capsys.readouterr().err
+    with pytest.raises(SweepFailed, match="`make perf_analyzer` gets it"):
+        find(tmp_path)
 
 
 def test_no_concurrency_of_zero(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,11 @@ INTERFACE = make_interface()
 
 def facts(request: InferRequest) -> tuple[Any, ...]:
     """All that a request says."""
-    arrays = [(name, each.dtype, each.shape, each.tobytes()) for name, each in request.arrays.items()]
+    # An array of objects has addresses for bytes, which are the same for equal elements of one byte only.
+    arrays = [
+        (name, each.dtype, each.shape, each.tolist() if each.dtype == object else each.tobytes())
+        for name, each in request.arrays.items()
+    ]
     assert not any(each.flags.writeable for each in request.arrays.values() if each.dtype != object)
     told = (request.id, request.output_names, request.rows, request.key, request.size_bytes, request.deadline_ns)
     return (*told, request.priority, request.timeout_ns, arrays)

@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from sluice_proto import grpc_service_pb2 as pb
+from sluice_server.execution.cuda_driver import find_driver
 from sluice_server.lifecycle import Server
 from sluice_server.observability.logs import LogOptions
 from sluice_server.settings import HttpSettings, ModelSettings, ServerSettings
@@ -21,9 +22,10 @@ from sluice_server.transport.choice import TransportChoice, native_problem
 from sluice_server.transport.options import TransportOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from sluice_server.execution.cuda_driver import CudaDriver
     from sluice_server.execution.model import ServedModel
 
 LOOPBACK = "127.0.0.1"
@@ -115,10 +117,13 @@ class RunningServer:
 
 @contextmanager
 def running(
-    settings: ServerSettings, transport: str, environ: Mapping[str, str] | None = None
+    settings: ServerSettings,
+    transport: str,
+    environ: Mapping[str, str] | None = None,
+    find_cuda: Callable[[], tuple[CudaDriver | None, str]] = find_driver,
 ) -> Iterator[RunningServer]:
     """A started server on one of the TRANSPORTS; stopped at the end."""
-    server = Server(replace(settings, transport=TransportChoice(transport)), environ or {})
+    server = Server(replace(settings, transport=TransportChoice(transport)), environ or {}, find_cuda)
     try:
         server.start()
     except BaseException:

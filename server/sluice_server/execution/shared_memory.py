@@ -1,9 +1,11 @@
-"""System shared memory: the regions that clients of this machine register, and tensors in them.
+"""Shared memory: the regions that clients of this machine register, and tensors in them.
 
-A region is a part of a POSIX shared memory object that belongs to a client, who may cut or remove it at any time. To
-touch a mapping beyond the end of its file is a SIGBUS, which ends the process; so nothing here is mapped. Inputs are
-read by `preadv` into memory of our own, and what is not there any more is a short read; outputs are written by
-`pwrite`, after a look at the object's size.
+Those of a GPU's memory are in `cuda_memory.py`; here are those of system memory, and what all have in common.
+
+A region of system memory is a part of a POSIX shared memory object that belongs to a client, who may cut or remove it
+at any time. To touch a mapping beyond the end of its file is a SIGBUS, which ends the process; so nothing here is
+mapped. Inputs are read by `preadv` into memory of our own, and what is not there any more is a short read; outputs are
+written by `pwrite`, after a look at the object's size.
 
 Invariants:
 
@@ -22,9 +24,10 @@ import itertools
 import os
 import stat
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -55,6 +58,9 @@ REGIONS_MAX = 1024
 
 REGISTERED_BYTES_MAX = 1 << 40
 """1 TiB over all regions. They cost the server no memory: what a request reads of them is bounded with its queue."""
+
+
+RegionT = TypeVar("RegionT", bound="Region")
 
 
 class SharedObject:
@@ -91,13 +97,32 @@ class SharedObject:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
-    """A registered part of an object: `size_bytes` from `offset` on."""
+class Region(ABC):
+    """A registered part of a client's memory, of whichever kind: `size_bytes` from `offset` on."""
+
+    kind: ClassVar[str]
+    """What messages call its kind."""
 
     name: str
-    object: SharedObject
     offset: int
     size_bytes: int
+
+    @property
+    @abstractmethod
+    def identity(self) -> tuple[int, int]:
+        """Equal for regions of the same memory, whose offsets can be compared."""
+
+    @abstractmethod
+    def check(self, end: int) -> None:
+        """Raise unless the memory is still there up to this byte, counted as `offset` is."""
+
+    @abstractmethod
+    def read(self, offset: int, out: memoryview) -> None:
+        """Fill `out`, bytes, with what is at `offset` now."""
+
+    @abstractmethod
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put bytes there."""
 
     def window(self, offset: int, size_bytes: int) -> Window:
         """A part of the region that is there now; `InvalidArgument` or `NotFound` when it is not."""
@@ -116,60 +141,83 @@ class Region:
         return window
 
 
+@dataclass(frozen=True, slots=True)
+class SystemRegion(Region):
+    """A part of a shared memory object."""
+
+    kind = "system"
+
+    object: SharedObject
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """The object's file system and number there."""
+        return self.object.identity
+
+    def check(self, end: int) -> None:
+        """Raise unless the object still has its name, and so many bytes."""
+        found = self.object.stat()
+        if not found.st_nlink:
+            raise NotFound(
+                f"Unable to find shared memory region: '{self.name}' has vanished, as its object"
+                f" '{self.object.key}' was removed; register it again"
+            )
+        if found.st_size < end:
+            raise self._is_cut(found.st_size)
+
+    def read(self, offset: int, out: memoryview) -> None:
+        """Fill `out`; what is not there any more is an error."""
+        try:
+            while out:
+                count = os.preadv(self.object.fd, [out], offset)
+                if not count:
+                    raise self._is_cut(offset)
+                out, offset = out[count:], offset + count
+        except OSError as error:
+            raise self._failed("read", error) from error
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put bytes there."""
+        try:
+            while data:
+                count = os.pwrite(self.object.fd, data, offset)
+                data, offset = data[count:], offset + count
+        except OSError as error:
+            raise self._failed("written", error) from error
+
+    def _is_cut(self, size_bytes: int) -> InvalidArgument:
+        return InvalidArgument(
+            f"Invalid offset + byte size for shared memory region: '{self.name}' was registered with"
+            f" {self.size_bytes} bytes from offset {self.offset} on, but its object"
+            f" '{self.object.key}' was cut and ends at byte {size_bytes} now"
+        )
+
+    def _failed(self, verb: str, error: OSError) -> Internal:
+        reason = error.strerror or errno.errorcode.get(error.errno or 0, "I/O error")
+        return Internal(f"shared memory region '{self.name}' cannot be {verb}: {reason}")
+
+
 class Window(NamedTuple):
-    """Where one tensor of a request is, or is to go: `size_bytes` of a region's object, from `offset` of that on."""
+    """Where one tensor of a request is, or is to go: `size_bytes` of a region's memory, from `offset` of that on."""
 
     region: Region
     offset: int
     size_bytes: int
 
     def check(self, size_bytes: int) -> None:
-        """Raise unless the object still has its name, and the window its first `size_bytes`."""
-        found = self.region.object.stat()
-        if not found.st_nlink:
-            raise NotFound(
-                f"Unable to find shared memory region: '{self.region.name}' has vanished, as its object"
-                f" '{self.region.object.key}' was removed; register it again"
-            )
-        if found.st_size < self.offset + size_bytes:
-            raise self._is_cut(found.st_size)
+        """Raise unless the window's first `size_bytes` are still there."""
+        self.region.check(self.offset + size_bytes)
 
     def read_into(self, out: np.ndarray) -> None:
         """Fill a C-contiguous array of as many bytes."""
         self.check(self.size_bytes)
-        left = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type] # a buffer, whatever numpy's stubs say
-        offset = self.offset
-        try:
-            while left:
-                count = os.preadv(self.region.object.fd, [left], offset)
-                if not count:
-                    raise self._is_cut(offset)
-                left, offset = left[count:], offset + count
-        except OSError as error:
-            raise self._failed("read", error) from error
+        self.region.read(self.offset, memoryview(out.reshape(-1).view(np.uint8)))  # type: ignore[arg-type] # a buffer, whatever numpy's stubs say
 
     def write(self, data: Buffer) -> None:
         """Put data, which is no larger than the window, at its start."""
-        left = memoryview(data)
-        self.check(len(left))
-        offset = self.offset
-        try:
-            while left:
-                count = os.pwrite(self.region.object.fd, left, offset)
-                left, offset = left[count:], offset + count
-        except OSError as error:
-            raise self._failed("written", error) from error
-
-    def _is_cut(self, size_bytes: int) -> InvalidArgument:
-        return InvalidArgument(
-            f"Invalid offset + byte size for shared memory region: '{self.region.name}' was registered with"
-            f" {self.region.size_bytes} bytes from offset {self.region.offset} on, but its object"
-            f" '{self.region.object.key}' was cut and ends at byte {size_bytes} now"
-        )
-
-    def _failed(self, verb: str, error: OSError) -> Internal:
-        reason = error.strerror or errno.errorcode.get(error.errno or 0, "I/O error")
-        return Internal(f"shared memory region '{self.region.name}' cannot be {verb}: {reason}")
+        view = memoryview(data)
+        self.check(len(view))
+        self.region.write(self.offset, view)
 
 
 class SharedTensor(NamedTuple):
@@ -242,7 +290,7 @@ def write_outputs(windows: Mapping[str, Window], raws: Mapping[str, Buffer]) -> 
             )
         window.check(needed)
         if needed:
-            taken.append((window.region.object.identity, window.offset, window.offset + needed, name))
+            taken.append((window.region.identity, window.offset, window.offset + needed, name))
     taken.sort()
     for before, after in itertools.pairwise(taken):
         if before[0] == after[0] and after[1] < before[2]:
@@ -276,6 +324,21 @@ class RegionTable:
         AlreadyExists for a known name, InvalidArgument for a bad name, key or range, Internal when the object cannot
         be opened, ResourceExhausted beyond the bounds.
         """
+
+        def open_object() -> Region:
+            opened = SharedObject(key, self._directory)
+            end = opened.stat().st_size
+            if not size_bytes or offset + size_bytes > end:
+                raise InvalidArgument(
+                    f"failed to register shared memory region '{name}': invalid args: {size_bytes} bytes from offset"
+                    f" {offset} on are not a part of '{key}', which has {end} bytes"
+                )
+            return SystemRegion(name, offset, size_bytes, opened)
+
+        self.enter(name, size_bytes, open_object)
+
+    def enter(self, name: str, size_bytes: int, open_region: Callable[[], Region]) -> None:
+        """Enter a region of any kind, which is opened once nothing else is against it. Names are of all kinds."""
         if not name or len(name.encode()) > NAME_BYTES_MAX:
             raise InvalidArgument(
                 f"failed to register shared memory region {_shown(name)}: a name has 1 to {NAME_BYTES_MAX} bytes"
@@ -284,14 +347,7 @@ class RegionTable:
             if name in self._regions:
                 raise AlreadyExists(f"shared memory region '{name}' already in manager")
             self._check_bounds(name, size_bytes)
-            opened = SharedObject(key, self._directory)
-            end = opened.stat().st_size
-            if not size_bytes or offset + size_bytes > end:
-                raise InvalidArgument(
-                    f"failed to register shared memory region '{name}': invalid args: {size_bytes} bytes from offset"
-                    f" {offset} on are not a part of '{key}', which has {end} bytes"
-                )
-            self._regions[name] = Region(name, opened, offset, size_bytes)
+            self._regions[name] = open_region()
 
     def _check_bounds(self, name: str, size_bytes: int) -> None:
         if len(self._regions) >= self._regions_max:
@@ -313,22 +369,24 @@ class RegionTable:
             raise NotFound(f"Unable to find shared memory region: '{name}'")
         return region
 
-    def select(self, name: str = "") -> list[Region]:
-        """The region of this name, all regions without one; `NotFound` for an unknown name."""
+    def select(self, kind: type[RegionT], name: str = "") -> list[RegionT]:
+        """The region of this kind and name, all regions of the kind without one; `NotFound` for an unknown name."""
         with self._lock:
-            if not name:
-                return list(self._regions.values())
-            if name not in self._regions:
-                raise NotFound(f"Unable to find system shared memory region: '{name}'")
-            return [self._regions[name]]
+            found = [region for region in self._regions.values() if isinstance(region, kind)]
+        if not name:
+            return found
+        named = [region for region in found if region.name == name]
+        if not named:
+            raise NotFound(f"Unable to find {kind.kind} shared memory region: '{name}'")
+        return named
 
-    def unregister(self, name: str = "") -> None:
-        """Forget the region of this name, all regions without one; an unknown name is no error."""
+    def unregister(self, kind: type[Region], name: str = "") -> None:
+        """Forget the region of this kind and name, all of the kind without one; an unknown name is no error."""
         with self._lock:
-            if name:
-                self._regions.pop(name, None)
-            else:
-                self._regions.clear()
+            names = [name] if name else list(self._regions)
+            for each in names:
+                if isinstance(self._regions.get(each), kind):
+                    del self._regions[each]
 
 
 def _shown(text: str) -> str:

@@ -89,7 +89,10 @@ def rpc_table(
         "RepositoryIndex": Rpc(pb.RepositoryIndexRequest, questions.repository_index, slow=True),
         "RepositoryModelLoad": Rpc(pb.RepositoryModelLoadRequest, commands.load, slow=True),
         "RepositoryModelUnload": Rpc(pb.RepositoryModelUnloadRequest, commands.unload, slow=True),
-        **{name: Rpc(request, answer) for name, (request, answer) in regions.rpcs().items()},
+        **{
+            name: Rpc(request, answer, slow=name in shared_memory.SLOW)
+            for name, (request, answer) in regions.rpcs().items()
+        },
     }
     return {path_of(name): rpc for name, rpc in rpcs.items()}
 

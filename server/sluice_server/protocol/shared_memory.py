@@ -6,10 +6,12 @@ for clients on the server's own machine, as control calls are: a region's conten
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from sluice_proto import grpc_service_pb2 as pb
-from sluice_server.errors import InvalidArgument, NotFound, Unimplemented
+from sluice_server.errors import InvalidArgument, Unimplemented
+from sluice_server.execution.cuda_memory import CudaRegion, open_region
+from sluice_server.execution.shared_memory import SystemRegion
 from sluice_server.security.control import ControlPolicy
 
 if TYPE_CHECKING:
@@ -17,14 +19,18 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from sluice_server.execution.cuda_driver import CudaDriver
     from sluice_server.execution.shared_memory import RegionTable, Window
     from sluice_server.transport.call import Call
 
-EXTENSION = "system_shared_memory"
-"""Its name in ServerMetadata."""
+SYSTEM_EXTENSION, CUDA_EXTENSION = "system_shared_memory", "cuda_shared_memory"
+"""Their names in ServerMetadata."""
 
 REGION, SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
 """The parameters of an input or a requested output."""
+
+SLOW = frozenset(("CudaSharedMemoryRegister",))
+"""RPCs that may take long: the first use of a GPU by a process takes some tenths of a second."""
 
 _OFF = "shared memory is off on this server: start it with --allow-client-shm, or send tensors in the messages"
 
@@ -32,15 +38,28 @@ _OFF = "shared memory is off on this server: start it with --allow-client-shm, o
 class SharedMemory:
     """What clients may do with shared memory: its RPCs, and windows for the parameters of requests."""
 
-    def __init__(self, regions: RegionTable | None = None, control: ControlPolicy | None = None) -> None:
-        """`regions` is None where shared memory is off; `control` says whose calls are taken."""
+    def __init__(
+        self,
+        regions: RegionTable | None = None,
+        control: ControlPolicy | None = None,
+        cuda: CudaDriver | None = None,
+        no_cuda: str = "",
+    ) -> None:
+        """`regions` is None where shared memory is off; `control` says whose calls are taken.
+
+        `cuda` is what opens a GPU's memory; None where there is no GPU, and `no_cuda` says why.
+        """
         self._regions = regions
         self._control = control or ControlPolicy()
+        self._cuda = cuda
+        self._no_cuda = no_cuda
 
     @property
     def extensions(self) -> tuple[str, ...]:
         """What ServerMetadata is to tell of it."""
-        return () if self._regions is None else (EXTENSION,)
+        if self._regions is None:
+            return ()
+        return (SYSTEM_EXTENSION,) if self._cuda is None else (SYSTEM_EXTENSION, CUDA_EXTENSION)
 
     def rpcs(self) -> dict[str, tuple[type[Message], Callable[[Any, Call], Message]]]:
         """The requests and the answers of its RPCs, by their names."""
@@ -56,7 +75,7 @@ class SharedMemory:
     def status(self, request: Any, call: Call) -> Message:
         """SystemSharedMemoryStatus."""
         response = pb.SystemSharedMemoryStatusResponse()
-        for region in self._open_to(call).select(request.name):
+        for region in self._open_to(call).select(SystemRegion, request.name):
             response.regions[region.name].CopyFrom(
                 pb.SystemSharedMemoryStatusResponse.RegionStatus(
                     name=region.name, key=region.object.key, offset=region.offset, byte_size=region.size_bytes
@@ -71,27 +90,37 @@ class SharedMemory:
 
     def unregister(self, request: Any, call: Call) -> Message:
         """SystemSharedMemoryUnregister."""
-        self._open_to(call).unregister(request.name)
+        self._open_to(call).unregister(SystemRegion, request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
 
     def cuda_status(self, request: Any, call: Call) -> Message:
-        """CudaSharedMemoryStatus: there are none."""
-        self._open_to(call)
-        if request.name:
-            raise NotFound(f"Unable to find cuda shared memory region: '{request.name}'")
-        return pb.CudaSharedMemoryStatusResponse()
+        """CudaSharedMemoryStatus."""
+        response = pb.CudaSharedMemoryStatusResponse()
+        for region in self._open_to(call).select(CudaRegion, request.name):
+            response.regions[region.name].CopyFrom(
+                pb.CudaSharedMemoryStatusResponse.RegionStatus(
+                    name=region.name, device_id=region.memory.device, byte_size=region.size_bytes
+                )
+            )
+        return response
 
-    def cuda_register(self, request: Any, call: Call) -> NoReturn:
-        """CudaSharedMemoryRegister: a GPU's memory is not taken."""
-        self._open_to(call)
-        raise InvalidArgument(
-            f"failed to register CUDA shared memory region: '{request.name}', GPUs not supported: this server shares"
-            " system memory only, see SystemSharedMemoryRegister"
+    def cuda_register(self, request: Any, call: Call) -> Message:
+        """CudaSharedMemoryRegister: memory of a GPU, where there is one."""
+        regions, cuda = self._open_to(call), self._cuda
+        name, size_bytes = request.name, request.byte_size
+        if cuda is None:
+            raise InvalidArgument(
+                f"failed to register CUDA shared memory region: '{name}', GPUs not supported: this server shares"
+                f" system memory only, see SystemSharedMemoryRegister ({self._no_cuda})"
+            )
+        regions.enter(
+            name, size_bytes, lambda: open_region(cuda, name, request.raw_handle, request.device_id, size_bytes)
         )
+        return pb.CudaSharedMemoryRegisterResponse()
 
-    def cuda_unregister(self, _request: Any, call: Call) -> Message:
-        """CudaSharedMemoryUnregister: there is nothing to forget."""
-        self._open_to(call)
+    def cuda_unregister(self, request: Any, call: Call) -> Message:
+        """CudaSharedMemoryUnregister."""
+        self._open_to(call).unregister(CudaRegion, request.name)
         return pb.CudaSharedMemoryUnregisterResponse()
 
     def window(self, tensor: str, parameters: Any, call: Call) -> Window:
