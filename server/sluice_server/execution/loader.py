@@ -7,10 +7,10 @@ and puts a queue and instances around it.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sluice_batching import BatchQueue, QueuePolicy
+from sluice_batching import BatchQueue, QueuePolicy, SequencePolicy, SequenceQueue
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
 from sluice_server.execution.cached import CachedModel, CachingRunner
@@ -20,6 +20,7 @@ from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
+from sluice_server.execution.sequences import SequenceModel, SequenceRunner, SequenceTensors
 from sluice_server.execution.session import Session
 from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.execution.warmup import warm_up
@@ -177,13 +178,22 @@ class ModelLoader:
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
         interface = ModelInterface.of(completed, version, scalars, prepared.labels)
         policy = self._queue_policy(completed)
-        queue: BatchQueue[InferRequest] = BatchQueue(policy)
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
         encoder, has_rows = Encoder(interface), interface.max_batch_rows > 0
         make_model: Callable[..., ServedModel] = ServedModel
-        if cache is None:
+        queue: BatchQueue[InferRequest] = BatchQueue(policy)
+        runner: BatchRunner
+        if interface.sequenced:
+            make_model = SequenceModel
+            tensors = SequenceTensors.of(completed, prepared.groups[0].session.signature, directory.path)
+            sequences: SequenceQueue[InferRequest] = SequenceQueue(_sequence_policy(completed, policy))
+            queue = sequences
+            runner = SequenceRunner(
+                encoder, statistics, self._to_status, tensors, sequences.finish, has_batch_dimension=has_rows
+            )
+        elif cache is None:
             runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows)
         else:
             make_model = CachedModel
@@ -227,6 +237,32 @@ class ModelLoader:
             max_queue_rows=self._settings.queue_rows,
             max_queue_bytes=self._settings.queue_bytes,
         )
+
+
+def _sequence_policy(config: ModelConfig, policy: QueuePolicy) -> SequencePolicy:
+    """How the sequences of a model are batched; `policy` has the bounds of its queue.
+
+    There are as many groups of slots as instances were asked for, also when fewer run because there are fewer CPUs.
+    """
+    batching = config.sequence_batching
+    strategy = batching.oldest if batching.HasField("oldest") else batching.direct
+    queue = replace(
+        policy,
+        batching=True,
+        max_delay_ns=strategy.max_queue_delay_microseconds * NS_PER_US,
+        preferred_batch_rows=tuple(sorted(set(batching.oldest.preferred_batch_size))),
+    )
+    max_idle_ns = batching.max_sequence_idle_microseconds * NS_PER_US
+    if batching.HasField("oldest"):
+        return SequencePolicy(
+            queue=queue, max_idle_ns=max_idle_ns, max_candidates=batching.oldest.max_candidate_sequences
+        )
+    return SequencePolicy(
+        queue=queue,
+        max_idle_ns=max_idle_ns,
+        groups=sum(count for _, count, _, _ in _placements(config)),
+        min_utilization=batching.direct.minimum_slot_utilization,
+    )
 
 
 def _queue_of_followers(policy: QueuePolicy) -> BatchQueue[InferRequest]:

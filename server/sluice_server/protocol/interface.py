@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sluice_proto.tensors import BY_CONFIG_TYPE, DType
 from sluice_server.graph import VARIABLE
+from sluice_server.repository.sequences import Control, control_datatype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,6 +79,10 @@ class ModelInterface:
     required_inputs: int
     variable: bool
     """Whether two valid requests may differ in more than their rows, so that a batch key must tell them apart."""
+    sequenced: bool = False
+    """Whether every request is part of a sequence."""
+    id_datatype: str = ""
+    """The data type in which the model is told a sequence's id; empty when it is not."""
 
     @classmethod
     def of(
@@ -111,4 +116,13 @@ class ModelInterface:
             output_names=tuple(outputs),
             required_inputs=sum(not tensor.optional for tensor in inputs.values()),
             variable=any(tensor.variable or tensor.optional for tensor in inputs.values()),
+            sequenced=config.HasField("sequence_batching"),
+            id_datatype=next(
+                (
+                    control_datatype(item.control[0])
+                    for item in config.sequence_batching.control_input
+                    if item.control[0].kind == Control.CONTROL_SEQUENCE_CORRID
+                ),
+                "",
+            ),
         )

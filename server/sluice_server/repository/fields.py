@@ -50,6 +50,34 @@ IMPLEMENTED: Final = frozenset(
         "dynamic_batching",
         "dynamic_batching.preferred_batch_size",
         "dynamic_batching.max_queue_delay_microseconds",
+        "sequence_batching",
+        "sequence_batching.max_sequence_idle_microseconds",
+        "sequence_batching.control_input",
+        "sequence_batching.control_input.name",
+        "sequence_batching.control_input.control",
+        "sequence_batching.control_input.control.kind",
+        "sequence_batching.control_input.control.int32_false_true",
+        "sequence_batching.control_input.control.fp32_false_true",
+        "sequence_batching.control_input.control.bool_false_true",
+        "sequence_batching.control_input.control.data_type",
+        "sequence_batching.direct",
+        "sequence_batching.direct.max_queue_delay_microseconds",
+        "sequence_batching.direct.minimum_slot_utilization",
+        "sequence_batching.oldest",
+        "sequence_batching.oldest.max_candidate_sequences",
+        "sequence_batching.oldest.preferred_batch_size",
+        "sequence_batching.oldest.max_queue_delay_microseconds",
+        "sequence_batching.state",
+        "sequence_batching.state.input_name",
+        "sequence_batching.state.output_name",
+        "sequence_batching.state.data_type",
+        "sequence_batching.state.dims",
+        "sequence_batching.state.initial_state",
+        "sequence_batching.state.initial_state.name",
+        "sequence_batching.state.initial_state.data_type",
+        "sequence_batching.state.initial_state.dims",
+        "sequence_batching.state.initial_state.zero_data",
+        "sequence_batching.state.initial_state.data_file",
         "optimization",
         "optimization.graph",
         "optimization.graph.level",
@@ -86,7 +114,10 @@ REFUSED: Final = frozenset(
     {
         "cc_model_filenames",
         "metric_tags",
-        "sequence_batching",
+        "sequence_batching.iterative_sequence",
+        "sequence_batching.oldest.preserve_ordering",
+        "sequence_batching.state.use_same_buffer_for_input_output",
+        "sequence_batching.state.use_growable_memory",
         "ensemble_scheduling",
         "model_operations",
         "model_transaction_policy",
@@ -118,7 +149,7 @@ REFUSED: Final = frozenset(
 )
 """Fields that would change what the server does, and don't yet."""
 
-_EFFECTIVE_WHEN_PRESENT: Final = frozenset({"sequence_batching", "ensemble_scheduling"})
+_EFFECTIVE_WHEN_PRESENT: Final = frozenset({"ensemble_scheduling"})
 
 
 def check_fields(config: ModelConfig, model: str) -> None:
