@@ -164,6 +164,17 @@ def test_a_start_that_is_dropped_begins_with_the_next_request_or_not_at_all() ->
     assert isinstance(core.try_offer(request("b"), 7), SequenceNotStarted)
 
 
+def test_a_start_that_is_dropped_in_the_backlog_leaves_its_sequence_there() -> None:
+    core = sequencer(rows=1)
+    a, b, b2 = request("a", "se"), request("b", "s"), request("b")
+    offer(core, 0, a, b, b2)
+    assert core.cancel(b)
+    assert core.take(0).batch == [a]
+    core.finish([a], 0)
+    assert core.take(0).batch == [b2]
+    assert b2.step.start
+
+
 def test_an_end_that_is_dropped_ends_the_sequence() -> None:
     core = sequencer()
     first, last = request("a", "s"), request("a", "e")
