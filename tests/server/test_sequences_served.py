@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.repository.manager import ControlMode
@@ -309,3 +310,90 @@ def test_a_model_without_sequences_ignores_their_parameters(start_server, reposi
     array = np.arange(3).reshape(3, 1)
     answer = server.infer(infer_request("plain", {"X": array}, parameters={"sequence_id": 0, "sequence_end": True}))
     np.testing.assert_array_equal(answer_arrays(answer)["Y"], array)
+
+
+def growing(model_rows: bool) -> bytes:
+    """OUT = IN with X behind it, and OUTPUT = how many values that are: a state that grows."""
+    dims: models.Dims = ("N", "T") if model_rows else ("T",)
+    nodes = [
+        helper.make_node("Concat", ["IN", "X"], ["OUT"], axis=-1),
+        helper.make_node("ReduceSum", ["OUT", "axis"], ["OUTPUT"], keepdims=1),
+    ]
+    axis = numpy_helper.from_array(np.array([-1], np.int64), "axis")
+    one: models.Dims = ("N", 1) if model_rows else (1,)
+    inputs = [models.tensor("X", "FP32", one), models.tensor("IN", "FP32", dims)]
+    outputs = [models.tensor("OUT", "FP32", dims), models.tensor("OUTPUT", "FP32", one)]
+    return models.build(nodes, inputs, outputs, [axis])
+
+
+def growing_config(rows: int, initial: str = "", strategy: str = OLDEST) -> str:
+    state = f'state {{ input_name: "IN" output_name: "OUT" data_type: TYPE_FP32 dims: [ -1 ] {initial} }}'
+    tensors = 'input { name: "X" data_type: TYPE_FP32 dims: [ 1 ] }'
+    tensors += 'output { name: "OUTPUT" data_type: TYPE_FP32 dims: [ 1 ] }'
+    return f"max_batch_size: {rows} {tensors} sequence_batching {{ {strategy} {FOREVER} {state} }}"
+
+
+def grow(server: RunningServer, sequence: int, value: float, *, rows: int, **how: Any) -> float:
+    return answer_arrays(server.infer(growth(sequence, value, rows=rows, **how)))["OUTPUT"].item()
+
+
+def growth(sequence: int, value: float, *, rows: int, start: bool = False) -> pb.ModelInferRequest:
+    array = np.array([[value]] if rows else [value], np.float32)
+    return infer_request("grows", {"X": array}, parameters={"sequence_id": sequence, "sequence_start": start})
+
+
+@pytest.mark.parametrize("rows", [0, 8])
+def test_a_state_may_grow_and_begin_with_what_a_file_holds(rows, start_server, repository):
+    initial = 'initial_state { name: "i" data_type: TYPE_FP32 dims: [ 2 ] data_file: "two" }'
+    directory = models.write_configured(repository, "grows", growing(rows > 0), growing_config(rows, initial))
+    (directory / "initial_state").mkdir()
+    (directory / "initial_state" / "two").write_bytes(np.array([10, 20], np.float32).tobytes())
+    server = start_server(repository)
+    assert grow(server, 1, 1, rows=rows, start=True) == 31
+    assert grow(server, 1, 2, rows=rows) == 33
+    assert grow(server, 2, 5, rows=rows, start=True) == 35
+
+
+def test_states_of_different_sizes_are_run_apart(start_server, repository):
+    models.write_configured(repository, "grows", growing(model_rows=True), growing_config(8))
+    server = start_server(repository)
+    for sequence in (1, 2, 3):
+        grow(server, sequence, sequence, rows=8, start=True)
+    grow(server, 1, 1, rows=8)
+    model = server.model("grows")
+    with held(model) as session:
+        first = server.begin("ModelInfer", growth(9, 1, rows=8, start=True))
+        session.wait_for_runs(1)
+        calls = [server.begin("ModelInfer", growth(sequence, 0, rows=8)) for sequence in (1, 2, 3)]
+        eventually(lambda: len(model.queue) == 3, "all wait")
+        session.release()
+        assert [answer_arrays(call.result())["OUTPUT"].item() for call in calls] == [2, 2, 3]
+        first.result()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "'initial_state/two': No such file"), (b"abc", "does not hold FP32 of shape [1,2]")],
+)
+def test_an_initial_state_that_cannot_be_had_fails_the_load(content, problem, start_server, repository):
+    initial = 'initial_state { name: "i" data_type: TYPE_FP32 dims: [ 2 ] data_file: "two" }'
+    directory = models.write_configured(repository, "grows", growing(model_rows=True), growing_config(8, initial))
+    if content is not None:
+        (directory / "initial_state").mkdir()
+        (directory / "initial_state" / "two").write_bytes(content)
+    server = start_server(repository, models={"control_mode": ControlMode.EXPLICIT})
+    load = pb.RepositoryModelLoadRequest(model_name="grows")
+    code, text = server.refusal("RepositoryModelLoad", load)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert problem in text
+
+
+@pytest.mark.parametrize("ids", ["UINT64", "BYTES"])
+def test_a_warm_up_is_a_sequence_of_its_own(ids, start_server, repository):
+    directory = models.write_accumulator(repository, ids=ids)
+    sample = 'inputs { key: "INPUT" value { data_type: TYPE_INT64 dims: [ 1 ] zero_data: true } }'
+    with (directory / "config.pbtxt").open("a") as config:
+        config.write(f'model_warmup {{ name: "w" batch_size: 1 count: 3 {sample} }}')
+    server = start_server(repository)
+    assert server.model("sums").statistics.snapshot().execution_count == 3
+    assert server.model("sums").queue.live == 0
