@@ -7,6 +7,7 @@ import pytest
 from sluice_server.graph import GraphSignature, TensorSpec
 from sluice_server.repository.autocomplete import complete, normalize
 from sluice_server.repository.config import parse_text
+from sluice_server.repository.describe import explain
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 
 TENSORS = """
@@ -188,3 +189,13 @@ def test_hidden_tensors_must_fit_the_model_file(batching, problem):
     with pytest.raises(ModelLoadError) as refusal:
         complete(normalized(batching), GRAPH)
     assert problem in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "slots"),
+    [("", "direct, 2 x 4 sequences"), ("oldest { max_candidate_sequences: 7 }", "oldest, 7 sequences")],
+)
+def test_what_a_configuration_becomes_is_said_in_words(strategy, slots):
+    completed = complete(normalized(control(START) + state() + strategy), GRAPH)
+    expected = f"sequence_batching: {slots} at a time; states OUT to IN; one that is idle for 1000000 us ends"
+    assert expected in explain(completed, completed, GRAPH)

@@ -388,6 +388,14 @@ def test_an_initial_state_that_cannot_be_had_fails_the_load(content, problem, st
     assert problem in text
 
 
+def test_an_initial_state_without_measure_fails_the_load(start_server, repository):
+    initial = 'initial_state { name: "i" data_type: TYPE_FP32 dims: [ 9000000000000000000 ] zero_data: true }'
+    models.write_configured(repository, "grows", growing(model_rows=True), growing_config(8, initial))
+    server = start_server(repository, models={"control_mode": ControlMode.EXPLICIT})
+    _, text = server.refusal("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name="grows"))
+    assert "begins with shape [1,9000000000000000000], which takes more than 1073741824 bytes" in text
+
+
 @pytest.mark.parametrize("ids", ["UINT64", "BYTES"])
 def test_a_warm_up_is_a_sequence_of_its_own(ids, start_server, repository):
     directory = models.write_accumulator(repository, ids=ids)

@@ -99,6 +99,8 @@ class PreparedModel:
     groups: tuple[DeviceGroup, ...]
     labels: Mapping[str, tuple[bytes, ...]]
     """The names of the classes of the outputs that have a label file, by the outputs' names."""
+    sequences: SequenceTensors | None = None
+    """What the server feeds and keeps for a model with sequences."""
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -135,7 +137,10 @@ def prepare(
         auto_complete=settings.auto_complete,
         default_max_batch_size=settings.default_max_batch_size,
     )
-    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path))
+    sequences = None
+    if completed.HasField("sequence_batching"):
+        sequences = SequenceTensors.of(completed, groups[0].session.signature, directory.path)
+    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path), sequences)
 
 
 def _placements(config: ModelConfig) -> list[tuple[int, int, int, str]]:
@@ -185,14 +190,11 @@ class ModelLoader:
         make_model: Callable[..., ServedModel] = ServedModel
         queue: BatchQueue[InferRequest] = BatchQueue(policy)
         runner: BatchRunner
-        if interface.sequenced:
+        if prepared.sequences is not None:
             make_model = SequenceModel
-            tensors = SequenceTensors.of(completed, prepared.groups[0].session.signature, directory.path)
             sequences: SequenceQueue[InferRequest] = SequenceQueue(_sequence_policy(completed, policy))
-            queue = sequences
-            runner = SequenceRunner(
-                encoder, statistics, self._to_status, tensors, sequences.finish, has_batch_dimension=has_rows
-            )
+            queue, tensors, finish = sequences, prepared.sequences, sequences.finish
+            runner = SequenceRunner(encoder, statistics, self._to_status, tensors, finish, has_batch_dimension=has_rows)
         elif cache is None:
             runner = BatchRunner(encoder, statistics, self._to_status, has_batch_dimension=has_rows)
         else:

@@ -9,6 +9,7 @@ one of a batch, leaves the state as it was; when it was to begin the sequence, t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from sluice_server.graph import GraphSignature
     from sluice_server.observability.statistics import ModelStatistics
     from sluice_server.status import StatusMapper
+
+STATE_BYTES_MAX = 1 << 30
+"""Of one state at its beginning: every live sequence has one, so that a larger one is a slip of the hand."""
 
 State = tuple[np.ndarray, ...]
 """One row of each state of a model, in the order of its configuration."""
@@ -174,6 +178,12 @@ def _initial(state: Any, model: str, directory: Path, *, has_rows: bool) -> np.n
     initial = state.initial_state[0] if state.initial_state else None
     dims = [1 if dim == VARIABLE else dim for dim in state.dims] if initial is None else initial.dims
     shape = (1, *dims) if has_rows else tuple(dims)
+    if math.prod(shape) * (dtype.itemsize or np.dtype(object).itemsize) > STATE_BYTES_MAX:
+        raise ModelLoadError(
+            f"state '{state.input_name}' of model '{model}' begins with shape {format_shape(shape)}, which takes more"
+            f" than {STATE_BYTES_MAX} bytes",
+            model=model,
+        )
     if initial is None or not initial.HasField("data_file"):
         return np.zeros(shape, dtype.numpy) if dtype.itemsize else np.full(shape, b"", object)
     path = f"{INITIAL_STATE_DIRECTORY}/{initial.data_file}"
