@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import queue
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 from onnx import helper, numpy_helper
 
 from sluice_proto import grpc_service_pb2 as pb
@@ -18,6 +20,7 @@ from support.conversation import Conversation
 from support.fakes import eventually, held
 from support.requests import answer_arrays, infer_request
 from support.rest import post_infer
+from support.server import CALL_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,6 +182,24 @@ def test_sequences_interleaved_on_a_stream_are_answered_in_order_each_with_its_o
     found = server.model("sums").statistics.snapshot()
     assert found.inference_count == 50
     assert server.model("sums").queue.live == 0
+
+
+@pytest.mark.parametrize(("ids", "sequence"), [("UINT64", 9), ("BYTES", "nine")])
+def test_triton_s_own_client_runs_sequences_alone_and_on_a_stream(ids, sequence, serve):
+    server = serve(ids=ids)
+    tensor = triton.InferInput("INPUT", [1, 1], "INT64")
+    tensor.set_data_from_numpy(np.array([[4]], np.int64))
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with triton.InferenceServerClient(server.target) as client:
+        first = client.infer("sums", [tensor], sequence_id=sequence, sequence_start=True)
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for place in range(3):
+            client.async_stream_infer("sums", [tensor], sequence_id=sequence, sequence_end=place == 2)
+        heard = [answers.get(timeout=CALL_TIMEOUT_S) for _ in range(3)]
+        client.stop_stream()
+    assert first.as_numpy("OUTPUT").item() == 4
+    assert [error for _, error in heard] == [None] * 3
+    assert [result.as_numpy("OUTPUT").item() for result, _ in heard] == [8, 12, 16]
 
 
 def test_sequences_over_rest(serve):
