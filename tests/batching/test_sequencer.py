@@ -66,6 +66,18 @@ def test_direct_sequences_spread_over_the_groups_and_each_group_has_one_batch_un
     assert core.take(0).batch == []
 
 
+def test_a_sequence_that_is_ready_waits_for_the_batch_of_its_group() -> None:
+    core = sequencer()
+    a, b = request("a", "s"), request("b", "s")
+    offer(core, 0, a)
+    assert core.take(0).batch == [a]
+    offer(core, 0, b)
+    assert core.take(0).batch == []
+    assert core.next_wakeup_ns() is None
+    core.finish([a], 0)
+    assert core.take(0).batch == [b]
+
+
 def test_more_sequences_than_slots_wait_in_the_backlog_for_one_to_end_or_to_be_idle() -> None:
     core = sequencer(rows=1)
     a, b, c = request("a", "s"), request("b", "se"), request("c", "s")
