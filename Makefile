@@ -14,7 +14,7 @@ TOOLS := .tools
 GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
 
-.PHONY: help setup serve demo test check proto models bench sweep fuzz perf_analyzer grpcurl loadtest image clean
+.PHONY: help setup serve demo test check proto models bench sweep fuzz perf_analyzer grpcurl silero loadtest image clean
 
 help:
 	@echo "make serve     serve the demo models on ports 8001 (gRPC), 8000 (HTTP), 8002 (metrics)"
@@ -25,6 +25,7 @@ help:
 	@echo "make fuzz      send the server's parts a million inputs that are wrong (a quarter of an hour)"
 	@echo "make proto     generate the protobuf code again"
 	@echo "make perf_analyzer, make grpcurl     get clients that some tests run, and skip without"
+	@echo "make silero      get a model with a state that some tests serve, and skip without"
 
 # The server alone: what `make serve` needs.
 $(VENV)/.server: pyproject.toml constraints.txt
@@ -116,6 +117,10 @@ perf_analyzer $(TOOLS)/bin/perf_analyzer: | $(VENV)/.server
 grpcurl:
 	@echo "Building grpcurl $(GRPCURL_VERSION) (a minute or two the first time) ..."
 	@GOBIN="$(CURDIR)/$(TOOLS)/bin" go install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION)
+
+# A real model with a state, for tests/server/test_silero_served.py.
+silero: $(VENV)/.server
+	@$(BIN)/python tests/models/get_silero.py $(TOOLS)
 
 loadtest image:
 	@echo "make $@ is not implemented in this version"; exit 2

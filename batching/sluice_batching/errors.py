@@ -5,6 +5,7 @@
     ├── RequestTooLarge     the request alone is over the queue's bound; it can never be accepted
     ├── DeadlineExpired     the request's deadline had passed before it was offered
     ├── TooLate             by how long runs take, the request would end after its deadline
+    ├── SequenceNotStarted  the request goes on with a sequence that is not there
     └── Draining            the queue takes nothing more; what it has already will still be served
 
 All of them are expected, and carry their facts as attributes. A request that could never be part of any batch (no rows,
@@ -12,6 +13,8 @@ more rows than a batch may have, offered while it waits already) is a bug of the
 """
 
 from typing import Literal
+
+from sluice_batching.request import SequenceId
 
 Bound = Literal["rows", "bytes", "requests"]
 """What a queue's bound counts."""
@@ -80,3 +83,11 @@ class Draining(BatchingError):
 
     def __init__(self) -> None:
         super().__init__("the queue is draining and accepts no more requests")
+
+
+class SequenceNotStarted(BatchingError):
+    """The request has no start flag, and no sequence of its `sequence_id` has begun, or it has ended since."""
+
+    def __init__(self, sequence_id: SequenceId) -> None:
+        super().__init__(f"sequence {sequence_id} has not begun, or has ended")
+        self.sequence_id = sequence_id

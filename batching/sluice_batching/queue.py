@@ -285,17 +285,15 @@ class Queue(Generic[R]):
 
     def _overflow(self, rows: int, size_bytes: int) -> BatchingError | None:
         """Why a request is refused that would take the queue over a bound; None: it is alone, and so it is let in."""
-        if self._rows + rows > self._max_rows:
-            bound = self._policy.max_queue_rows
-            if bound and rows > bound:
-                return RequestTooLarge("rows", bound, rows)
-            if self._waiting:
-                return QueueFull("rows", self._max_rows, self._rows, rows)
-            if size_bytes <= self._max_bytes:
-                return None
-        if size_bytes > self._max_bytes:
-            return RequestTooLarge("bytes", self._max_bytes, size_bytes)
-        return QueueFull("bytes", self._max_bytes, self._size_bytes, size_bytes)
+        bound = self._policy.max_queue_rows
+        if bound and self._rows + rows > bound:
+            return RequestTooLarge("rows", bound, rows) if rows > bound else QueueFull("rows", bound, self._rows, rows)
+        if self._size_bytes + size_bytes > self._max_bytes:
+            if size_bytes > self._max_bytes:
+                return RequestTooLarge("bytes", self._max_bytes, size_bytes)
+            return QueueFull("bytes", self._max_bytes, self._size_bytes, size_bytes)
+        # What it is tuned to is no bound for a request alone.
+        return QueueFull("rows", self._max_rows, self._rows, rows) if self._waiting else None
 
     def tune(self, merge_rows: int, queue_rows: int) -> None:
         """Merge up to so many rows from now on, and let so many wait, within the policy's bounds (both at least 1).

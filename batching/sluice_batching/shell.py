@@ -23,7 +23,7 @@ one idle taker fewer counts. `give_back` ends it. Nothing is ever taken out of t
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, Generic
+from typing import Final, Generic, Protocol
 
 from sluice_batching.errors import BatchingError, TooLate
 from sluice_batching.policy import QueuePolicy
@@ -43,6 +43,49 @@ MAX_WAIT_S: Final = 3600.0
 
 Clock = Callable[[], int]
 """Nanoseconds that never go backwards."""
+
+
+class _Core(Protocol[R]):
+    """What a shared queue asks of the state machine in it, as `Queue` describes it; all of it under the lock."""
+
+    @property
+    def policy(self) -> QueuePolicy:
+        """The settings that it was built with."""
+
+    @property
+    def rows(self) -> int:
+        """The rows that wait."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes that wait."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` has been called."""
+
+    def __len__(self) -> int: ...
+
+    def try_offer(self, request: R, now_ns: int) -> BatchingError | None:
+        """Let a request wait: None when accepted, else why not."""
+
+    def take(self, now_ns: int) -> Taken[R]:
+        """The batch to run now, and the requests whose deadline has come."""
+
+    def cancel(self, request: R) -> bool:
+        """Take a request out, if it waits here."""
+
+    def expire(self, now_ns: int) -> list[R]:
+        """The requests whose deadline has come."""
+
+    def drain(self) -> None:
+        """Accept nothing more, and wait for no delay."""
+
+    def next_wakeup_ns(self) -> int | None:
+        """From when on `take` returns something if nothing more comes."""
+
+    def next_deadline_ns(self) -> int | None:
+        """From when on `expire` has something to do."""
 
 
 def wait_until(condition: threading.Condition, wakeup_ns: int, now_ns: int) -> None:
@@ -76,7 +119,7 @@ class BatchQueue(Generic[R]):
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         make_queue: type[Queue[R]] = Queue if policy.priorities is None else PriorityQueue
-        self._queue = make_queue(policy, self._run_times)
+        self._queue: _Core[R] = make_queue(policy, self._run_times)
         self._idle_takers = 0
         self._lent = 0
         self._wake_up_under_way = False
@@ -148,8 +191,9 @@ class BatchQueue(Generic[R]):
         return errors
 
     def offer_together(self, requests: Sequence[R]) -> BatchingError | None:
-        """Let all of several requests wait, or none; see `Queue.try_offer_together`."""
+        """Let all of several requests wait, or none; see `Queue.try_offer_together`. No part of a sequence is split."""
         with self._lock:
+            assert isinstance(self._queue, Queue)
             error = self._queue.try_offer_together(requests, self._clock())
             self._pass_the_watch_on()
             report = self._on_earlier_deadline
@@ -207,7 +251,8 @@ class BatchQueue(Generic[R]):
                 taken = self._queue.take(now_ns) if has_place else Taken([], [])
                 if taken.batch or taken.expired:
                     break
-                if self._queue.draining and not self._lent:
+                # Of sequences something may wait for what other takers run.
+                if self._queue.draining and not self._lent and not self._queue:
                     return None
                 if now_ns >= give_up_ns:
                     break
@@ -248,8 +293,9 @@ class BatchQueue(Generic[R]):
         return expired
 
     def tune(self, merge_rows: int, queue_rows: int) -> None:
-        """As `Queue.tune`."""
+        """As `Queue.tune`; sequences are not tuned."""
         with self._lock:
+            assert isinstance(self._queue, Queue)
             self._queue.tune(merge_rows, queue_rows)
             self._pass_the_watch_on()
 

@@ -33,8 +33,13 @@ def test_every_field_stands_in_exactly_one_table() -> None:
 
 
 REFUSALS = [
-    ("sequence_batching {}", "sequence_batching"),
-    ("sequence_batching { oldest { max_candidate_sequences: 4 } }", "sequence_batching"),
+    ("sequence_batching { iterative_sequence: true }", "sequence_batching.iterative_sequence"),
+    ("sequence_batching { oldest { preserve_ordering: true } }", "sequence_batching.oldest.preserve_ordering"),
+    (
+        "sequence_batching { state {} state { use_same_buffer_for_input_output: true } }",
+        "sequence_batching.state[1].use_same_buffer_for_input_output",
+    ),
+    ("sequence_batching { state { use_growable_memory: true } }", "sequence_batching.state[0].use_growable_memory"),
     (
         'ensemble_scheduling { step {} step { model_namespace: "a" } }',
         "ensemble_scheduling.step[1].model_namespace",

@@ -44,13 +44,10 @@ def test_the_reported_configuration_has_neither_instances_nor_optimization() -> 
         ('default_model_filename: "model.onnx"', "default_model_filename"),
         ('backend: "onnxruntime"', "backend"),
         ("response_cache { enable: true }", "response_cache.enable"),
-        ("sequence_batching { }", "sequence_batching"),
     ],
 )
 def test_what_an_ensemble_cannot_have_is_refused_by_name(more: str, field: str) -> None:
     written = config()
-    if "sequence" in more:
-        written.ClearField("ensemble_scheduling")
     written.MergeFrom(parse_text(more, ""))
     with pytest.raises(ConfigError) as caught:
         normalize(written, name="E")

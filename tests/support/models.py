@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -322,4 +323,65 @@ def write_ensemble(
     text = f'platform: "ensemble"\nmax_batch_size: {max_batch_size}\n{ports}{more}\n'
     text += "ensemble_scheduling {\n" + "\n".join([scheduling, *steps]) + "\n}\n"
     (directory / "config.pbtxt").write_text(text)
+    return directory
+
+
+def accumulator(*, rows: bool = True, ids: str = "UINT64") -> bytes:
+    """OUTPUT = the sum of a sequence's INPUTs, FLAGS = start + 10 * end + 100 * ready, ID = the sequence's id.
+
+    INPUT, OUTPUT and the states IN and OUT are INT64; the flags START, END and READY are FP32, INT32 and BOOL. All are
+    [N,1], or [1] without `rows`. A negative INPUT fails the whole run.
+    """
+    dims: Dims = ("N", 1) if rows else (1,)
+    flags = {"START": ("FP32", 1), "END": ("INT32", 10), "READY": ("BOOL", 100)}
+    nodes = [
+        helper.make_node("Less", ["INPUT", "zero"], ["negative"]),
+        helper.make_node("Where", ["negative", "outside", "zero"], ["index"]),
+        helper.make_node("Gather", ["table", "index"], ["checked"]),
+        helper.make_node("Add", ["INPUT", "IN"], ["sum"]),
+        helper.make_node("Mul", ["sum", "checked"], ["OUTPUT"]),
+        helper.make_node("Identity", ["OUTPUT"], ["OUT"]),
+        helper.make_node("Identity", ["CORRID"], ["ID"]),
+    ]
+    for name, (_, weight) in flags.items():
+        nodes.append(helper.make_node("Cast", [name], [f"{name}_n"], to=TensorProto.INT64))
+        nodes.append(helper.make_node("Mul", [f"{name}_n", f"weight_{weight}"], [f"{name}_w"]))
+    nodes.append(helper.make_node("Add", ["START_w", "END_w"], ["begin_or_end"]))
+    nodes.append(helper.make_node("Add", ["begin_or_end", "READY_w"], ["FLAGS"]))
+    numbers = {"zero": 0, "outside": 9, "table": [1], "weight_1": 1, "weight_10": 10, "weight_100": 100}
+    initializers = [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in numbers.items()]
+    inputs = [tensor(name, kind, dims) for name, (kind, _) in flags.items()]
+    inputs += [tensor("INPUT", "INT64", dims), tensor("CORRID", ids, dims), tensor("IN", "INT64", dims)]
+    outputs = [tensor(name, "INT64", dims) for name in ("OUTPUT", "OUT", "FLAGS")] + [tensor("ID", ids, dims)]
+    return build(nodes, inputs, outputs, initializers)
+
+
+def sequence_config(
+    *, strategy: str = "", rows: int = 4, ids: str = "UINT64", instances: int = 1, more: str = ""
+) -> str:
+    """The config.pbtxt of an `accumulator`, whose states OUT clients see too; `more` goes into sequence_batching."""
+    pair = {"START": "fp32_false_true: [ 0, 1 ]", "END": "int32_false_true: [ 0, 1 ]"}
+    pair["READY"] = "bool_false_true: [ false, true ]"
+    controls = "".join(
+        f'control_input {{ name: "{name}" control {{ kind: CONTROL_SEQUENCE_{name} {values} }} }}\n'
+        for name, values in pair.items()
+    )
+    config_type = "STRING" if ids == "BYTES" else ids
+    corrid = f"kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_{config_type}"
+    controls += f'control_input {{ name: "CORRID" control {{ {corrid} }} }}\n'
+    state = 'state { input_name: "IN" output_name: "OUT" data_type: TYPE_INT64 dims: [ 1 ] }'
+    tensors = 'input { name: "INPUT" data_type: TYPE_INT64 dims: [ 1 ] }\n'
+    for name in ("OUTPUT", "OUT", "FLAGS"):
+        tensors += f'output {{ name: "{name}" data_type: TYPE_INT64 dims: [ 1 ] }}\n'
+    tensors += f'output {{ name: "ID" data_type: TYPE_{config_type} dims: [ 1 ] }}\n'
+    head = f'backend: "onnxruntime"\nmax_batch_size: {rows}\ninstance_group {{ count: {instances} kind: KIND_CPU }}\n'
+    return f"{head}{tensors}sequence_batching {{ {strategy}\n{controls}{state}\n{more} }}\n"
+
+
+def write_accumulator(repository: Path, name: str = "sums", *, ids: str = "UINT64", rows: int = 4, **how: Any) -> Path:
+    """Add an `accumulator` to a repository; `how` is for `sequence_config`. Gives its directory."""
+    directory = repository / name
+    (directory / "1").mkdir(parents=True)
+    (directory / "1" / "model.onnx").write_bytes(accumulator(rows=rows > 0, ids=ids))
+    (directory / "config.pbtxt").write_text(sequence_config(rows=rows, ids=ids, **how))
     return directory

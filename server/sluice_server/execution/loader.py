@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes, SloTuner
+from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes, SequencePolicy, SequenceQueue, SloTuner
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
 from sluice_server.execution.bucket_options import read_buckets
@@ -29,6 +29,7 @@ from sluice_server.execution.priorities import NS_PER_US, priorities_of
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.ragged import RaggedEncoder, RaggedGatherer, is_ragged
 from sluice_server.execution.rate_limit import LimitedInstance, claim_of
+from sluice_server.execution.sequences import SequenceModel, SequenceRunner, SequenceTensors
 from sluice_server.execution.session import Session
 from sluice_server.execution.split import PARTS_MAX, SplittingModel, SplittingRunner, read_split
 from sluice_server.execution.step import ArraysCall, BytesCall
@@ -117,6 +118,8 @@ class PreparedModel:
     """The latency objective; 0: there is none."""
     splits: bool
     """Whether requests of more rows than max_batch_size are taken, and split."""
+    sequences: SequenceTensors | None
+    """What the server feeds and keeps for a model with sequences."""
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -157,9 +160,17 @@ def prepare(
         auto_complete=settings.auto_complete,
         default_max_batch_size=settings.default_max_batch_size,
     )
-    labels = read_labels(completed, directory.path)
+    sequences = None
+    if completed.HasField("sequence_batching"):
+        sequences = SequenceTensors.of(completed, groups[0].session.signature, directory.path)
     return PreparedModel(
-        completed, tuple(groups), labels, read_buckets(completed), read_slo_ns(completed), read_split(completed)
+        completed,
+        tuple(groups),
+        read_labels(completed, directory.path),
+        read_buckets(completed),
+        read_slo_ns(completed),
+        read_split(completed),
+        sequences,
     )
 
 
@@ -221,14 +232,23 @@ class ModelLoader:
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
         encoder, seams = _seams(completed, interface, buckets)
+        seams["run_times"] = run_times
         make_model: Callable[..., ServedModel] = SplittingModel if prepared.splits else ServedModel
-        if cache is None:
+        runner: BatchRunner
+        if prepared.sequences is not None:
+            make_model = SequenceModel
+            sequences: SequenceQueue[InferRequest] = SequenceQueue(
+                _sequence_policy(completed, policy), run_times=run_times
+            )
+            queue, tensors, finish = sequences, prepared.sequences, sequences.finish
+            runner = SequenceRunner(encoder, statistics, self._to_status, tensors, finish, **seams)
+        elif cache is None:
             make_runner = SplittingRunner if prepared.splits else BatchRunner
-            runner = make_runner(encoder, statistics, self._to_status, run_times=run_times, **seams)
+            runner = make_runner(encoder, statistics, self._to_status, **seams)
         else:
             make_model = CachedModel
             model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
-            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, run_times=run_times, **seams)
+            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, **seams)
         instances = [
             self._instance(f"{completed.name}-{number}", queue, group, number, runner)
             for group in prepared.groups
@@ -300,8 +320,10 @@ class ModelLoader:
     def _queue_policy(self, config: ModelConfig) -> QueuePolicy:
         batching = config.max_batch_size > 0 and config.HasField("dynamic_batching")
         scheduler = config.dynamic_batching
-        # The largest size is where a batch is cut anyway, so that preferring it says nothing.
-        preferred = {rows for rows in scheduler.preferred_batch_size if rows != config.max_batch_size}
+        # The largest size alone is where a batch is cut anyway, so that preferring it says nothing.
+        preferred = set(scheduler.preferred_batch_size) - {0}
+        if preferred == {config.max_batch_size}:
+            preferred = set()
         return QueuePolicy(
             max_batch_rows=max(1, config.max_batch_size),
             batching=batching,
@@ -331,6 +353,32 @@ def _seams(config: ModelConfig, interface: ModelInterface, buckets: Buckets | No
         ragged = RaggedEncoder(interface, config)
         return ragged, seams | {"gather": RaggedGatherer(config), "cut": ragged.apart}
     return Encoder(interface), seams
+
+
+def _sequence_policy(config: ModelConfig, policy: QueuePolicy) -> SequencePolicy:
+    """How the sequences of a model are batched; `policy` has the bounds of its queue.
+
+    There are as many groups of slots as instances were asked for, also when fewer run because there are fewer CPUs.
+    """
+    batching = config.sequence_batching
+    strategy = batching.oldest if batching.HasField("oldest") else batching.direct
+    queue = replace(
+        policy,
+        batching=True,
+        max_delay_ns=strategy.max_queue_delay_microseconds * NS_PER_US,
+        preferred_batch_rows=tuple(sorted(set(batching.oldest.preferred_batch_size))),
+    )
+    max_idle_ns = batching.max_sequence_idle_microseconds * NS_PER_US
+    if batching.HasField("oldest"):
+        return SequencePolicy(
+            queue=queue, max_idle_ns=max_idle_ns, max_candidates=batching.oldest.max_candidate_sequences
+        )
+    return SequencePolicy(
+        queue=queue,
+        max_idle_ns=max_idle_ns,
+        groups=sum(group.count for members in _placements(config).values() for group in members),
+        min_utilization=batching.direct.minimum_slot_utilization,
+    )
 
 
 def _queue_of_followers(policy: QueuePolicy) -> BatchQueue[InferRequest]:

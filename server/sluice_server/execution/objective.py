@@ -25,4 +25,6 @@ def read_slo_ns(config: ModelConfig) -> int:
         return 0
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) or not 0 < float(text) <= SLO_MS_MAX:
         raise BadOption(config.name, PARAMETER, text, f"milliseconds above 0, up to {SLO_MS_MAX}")
+    if config.HasField("sequence_batching"):
+        raise BadOption(config.name, PARAMETER, text, "no value, as sequences are not batched by it")
     return int(float(text) * _NS_PER_MS)

@@ -57,6 +57,8 @@ def read_split(config: ModelConfig) -> bool:
         return False
     if not config.max_batch_size:
         raise BadOption(config.name, SPLIT, value, "false, as max_batch_size is 0")
+    if config.HasField("sequence_batching"):
+        raise BadOption(config.name, SPLIT, value, "false, as sequence_batching takes one row at a time")
     if has_queue_policy(config):
         raise BadOption(config.name, SPLIT, value, "false, as dynamic_batching has priorities or queue policies")
     if config.response_cache.enable:

@@ -123,6 +123,12 @@ def _run(
 def _message(sample: ModelWarmup, directory: Path, interface: ModelInterface) -> bytes:
     """The request of a sample: each input's row as often as its batch size says."""
     request = ModelInferRequest(model_name=interface.name, id=sample.name)
+    if interface.sequenced:  # a sequence of its own, which begins with it
+        request.parameters["sequence_id"].int64_param = 1
+        if interface.id_datatype == "BYTES":
+            request.parameters["sequence_id"].string_param = sample.name
+        for flag in ("sequence_start", "sequence_end"):
+            request.parameters[flag].bool_param = True
     left_bytes = SAMPLE_BYTES_MAX // sample.batch_size
     for name, item in sorted(sample.inputs.items()):
         dtype = tensors.BY_CONFIG_TYPE[item.data_type]

@@ -22,6 +22,7 @@ from sluice_server.execution.shared_memory import SharedTensor, SharedTensors, W
 from sluice_server.graph import format_shape
 from sluice_server.protocol import shared_memory
 from sluice_server.protocol.classification import CLASSIFICATION, Classes, class_count
+from sluice_server.protocol.sequences import step_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,7 +118,10 @@ def decode(
             call, message.id, arrays, output_names, rows, key, call.deadline_ns, shared, classes
         ).ask(wish.priority, wish.timeout_us * NS_PER_US)
     deadline_ns = deadline_of(call, wish.timeout_us) if wish.timeout_us else call.deadline_ns
-    return InferRequest(call, message.id, arrays, output_names, rows, key, deadline_ns, shared, classes)
+    request = InferRequest(call, message.id, arrays, output_names, rows, key, deadline_ns, shared, classes)
+    if interface.sequenced:
+        request.step = step_of(message, interface, rows)
+    return request
 
 
 class Wish(NamedTuple):

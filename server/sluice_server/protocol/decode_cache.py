@@ -13,7 +13,7 @@ its tensors are at the same offsets. What makes that true:
 * Every check but one looks at the head and at the sizes of the tensors. The one is that of the elements of BYTES:
   requests with BYTES are never remembered, nor are those with typed contents.
 * What a request has in shared memory may be gone the next time: such requests are never remembered. Nor are those for
-  classes, which are few.
+  classes, which are few, and those of sequences, whose heads differ by the sequence.
 * The checks depend on the model's interface. A head is known for one interface object; when the model that is served by
   this name has another one, the head is forgotten.
 * An id is to be UTF-8. Only ASCII passes here; any other id is for the parser.
@@ -172,7 +172,7 @@ class DecodeCache:
             self._heads.pop(_kind_of(memoryview(call.message)), None)
             parsed = ParsedRequest(call.message)
         request = decode(parsed, interface, call, self._regions)
-        if request.shared is not None or request.classes is not None:
+        if request.shared is not None or request.classes is not None or interface.sequenced:
             return request
         if self._unknown % self._learning_stride == 0:
             self._learn(parsed, interface, request)

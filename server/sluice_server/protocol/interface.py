@@ -10,6 +10,7 @@ from sluice_proto.model_config_pb2 import ModelInput
 from sluice_proto.tensors import BY_CONFIG_TYPE, DType
 from sluice_server.errors import Internal
 from sluice_server.graph import VARIABLE, format_shape
+from sluice_server.repository.sequences import Control, control_datatype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -104,6 +105,10 @@ class ModelInterface:
     prioritizes: bool = False
     """Whether the queue decides what a request's `priority` and `timeout` mean. Else there are no priorities, and the
     timeout is a deadline."""
+    sequenced: bool = False
+    """Whether every request is part of a sequence."""
+    id_datatype: str = ""
+    """The data type in which the model is told a sequence's id; empty when it is not."""
 
     @property
     def key_tells_shapes(self) -> bool:
@@ -149,6 +154,15 @@ class ModelInterface:
             keyed_inputs=tuple(name for name, tensor in inputs.items() if not tensor.ragged),
             buckets=buckets,
             prioritizes=has_queue_policy(config),
+            sequenced=config.HasField("sequence_batching"),
+            id_datatype=next(
+                (
+                    control_datatype(item.control[0])
+                    for item in config.sequence_batching.control_input
+                    if item.control[0].kind == Control.CONTROL_SEQUENCE_CORRID
+                ),
+                "",
+            ),
         )
 
     @property

@@ -33,6 +33,7 @@ EXTENSIONS = (
     "model_repository",
     "model_repository(unload_dependents)",
     "parameters",
+    "sequence",
     "statistics",
     "trace",
 )

@@ -13,6 +13,7 @@ from sluice_server.repository import ensembles
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.fields import check_fields
 from sluice_server.repository.ragged import check_ragged, made_inputs
+from sluice_server.repository.sequences import check_sequences, fill_defaults, hidden_inputs, hidden_outputs
 from sluice_server.repository.validate import (
     BACKEND,
     PLATFORM,
@@ -69,6 +70,7 @@ def normalize(
         if not filled.optimization.HasField(field):
             getattr(filled.optimization, field).enable = True
     _fill_preferred_batch_size(filled)
+    fill_defaults(filled)
     if filled.max_batch_size or not (auto_complete and needs_tensors(filled)):  # else the batch size is still open
         check_config(filled, name)
     return filled
@@ -102,12 +104,15 @@ def complete(
     if auto_complete and needs_tensors(filled):
         _fill_batching(filled, signature, default_max_batch_size)
         batch_dims = 1 if filled.max_batch_size else 0
-        made = made_inputs(filled)
-        inputs = [spec for spec in signature.inputs if not spec.optional and spec.name not in made]
-        for tensors, specs in ((filled.input, inputs), (filled.output, signature.outputs)):
+        fill_defaults(filled)
+        check_sequences(filled, filled.name)
+        fed = {tensor.name for tensor in hidden_inputs(filled)} | {tensor.name for tensor in hidden_outputs(filled)}
+        fed |= made_inputs(filled)
+        for tensors, specs in ((filled.input, signature.inputs), (filled.output, signature.outputs)):
             if not tensors:
                 for spec in specs:
-                    _fill_tensor(tensors.add(), spec, batch_dims, filled.name)
+                    if not spec.optional and spec.name not in fed:
+                        _fill_tensor(tensors.add(), spec, batch_dims, filled.name)
         check_config(filled, filled.name)
     check_ragged(filled, filled.name)
     check_graph(filled, signature)

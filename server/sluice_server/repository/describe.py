@@ -70,7 +70,22 @@ def _batching(written: ModelConfig, completed: ModelConfig, signature: GraphSign
     return f"batchable: dimension 0 of every tensor is open; max_batch_size {completed.max_batch_size} {origin}"
 
 
+def _sequences(completed: ModelConfig) -> str:
+    batching = completed.sequence_batching
+    states = ", ".join(f"{each.output_name} to {each.input_name}" for each in batching.state) or "none"
+    idle_us = batching.max_sequence_idle_microseconds
+    if batching.HasField("oldest"):
+        slots = f"oldest, {batching.oldest.max_candidate_sequences} sequences at a time"
+    else:
+        rows = max(1, completed.max_batch_size)
+        groups = sum(group.count * max(1, len(group.gpus)) for group in completed.instance_group)
+        slots = f"direct, {groups} x {rows} sequences at a time"
+    return f"sequence_batching: {slots}; states {states}; one that is idle for {idle_us} us ends"
+
+
 def _scheduler(written: ModelConfig, completed: ModelConfig) -> str:
+    if completed.HasField("sequence_batching"):
+        return _sequences(completed)
     if not completed.HasField("dynamic_batching"):
         return "dynamic_batching: none, each request is its own execution"
     if not completed.max_batch_size:

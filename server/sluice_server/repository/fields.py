@@ -78,6 +78,34 @@ IMPLEMENTED: Final = frozenset(
         "dynamic_batching.priority_queue_policy.default_timeout_microseconds",
         "dynamic_batching.priority_queue_policy.allow_timeout_override",
         "dynamic_batching.priority_queue_policy.max_queue_size",
+        "sequence_batching",
+        "sequence_batching.max_sequence_idle_microseconds",
+        "sequence_batching.control_input",
+        "sequence_batching.control_input.name",
+        "sequence_batching.control_input.control",
+        "sequence_batching.control_input.control.kind",
+        "sequence_batching.control_input.control.int32_false_true",
+        "sequence_batching.control_input.control.fp32_false_true",
+        "sequence_batching.control_input.control.bool_false_true",
+        "sequence_batching.control_input.control.data_type",
+        "sequence_batching.direct",
+        "sequence_batching.direct.max_queue_delay_microseconds",
+        "sequence_batching.direct.minimum_slot_utilization",
+        "sequence_batching.oldest",
+        "sequence_batching.oldest.max_candidate_sequences",
+        "sequence_batching.oldest.preferred_batch_size",
+        "sequence_batching.oldest.max_queue_delay_microseconds",
+        "sequence_batching.state",
+        "sequence_batching.state.input_name",
+        "sequence_batching.state.output_name",
+        "sequence_batching.state.data_type",
+        "sequence_batching.state.dims",
+        "sequence_batching.state.initial_state",
+        "sequence_batching.state.initial_state.name",
+        "sequence_batching.state.initial_state.data_type",
+        "sequence_batching.state.initial_state.dims",
+        "sequence_batching.state.initial_state.zero_data",
+        "sequence_batching.state.initial_state.data_file",
         "optimization",
         "optimization.graph",
         "optimization.graph.level",
@@ -121,7 +149,10 @@ REFUSED: Final = frozenset(
     {
         "cc_model_filenames",
         "metric_tags",
-        "sequence_batching",
+        "sequence_batching.iterative_sequence",
+        "sequence_batching.oldest.preserve_ordering",
+        "sequence_batching.state.use_same_buffer_for_input_output",
+        "sequence_batching.state.use_growable_memory",
         "ensemble_scheduling.step.model_namespace",
         "model_operations",
         "model_transaction_policy",
@@ -144,8 +175,6 @@ REFUSED: Final = frozenset(
     }
 )
 """Fields that would change what the server does, and don't yet."""
-
-_EFFECTIVE_WHEN_PRESENT: Final = frozenset({"sequence_batching"})
 
 
 def check_fields(config: ModelConfig, model: str) -> None:
@@ -186,7 +215,7 @@ def _items(field: FieldDescriptor, value: object, shown: str) -> Iterator[tuple[
 
 def _effect(path: str, value: object, shown: str, *, repeated: bool) -> str:
     """Give the path of the first thing below a refused field that is not at its default, "" when there is none."""
-    if not isinstance(value, Message) or repeated or path in _EFFECTIVE_WHEN_PRESENT:
+    if not isinstance(value, Message) or repeated:
         return shown
     for field, below in value.ListFields():
         for item_shown, item in _items(field, below, f"{shown}.{field.name}"):

@@ -9,6 +9,7 @@ from sluice_proto.tensors import BY_CONFIG_TYPE
 from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.ragged import check_ragged_graph, made_inputs
+from sluice_server.repository.sequences import check_sequences, hidden_inputs, hidden_outputs
 
 PLATFORM: Final = "onnxruntime_onnx"
 BACKEND: Final = "onnxruntime"
@@ -33,6 +34,7 @@ Tensor = ModelInput | ModelOutput
 def check_config(config: ModelConfig, model: str) -> None:
     """Check a normalised configuration that is complete; raises ConfigError with the field that breaks a rule."""
     _check_batching(config, model)
+    check_sequences(config, model)
     _check_response_cache(config, model)
     _check_warmup(config, model)
     _check_tensors("input", config.input, config, model)
@@ -84,6 +86,9 @@ def check_filenames(config: ModelConfig, model: str) -> None:
     """Check that the files which the configuration names lie inside the model's directory."""
     named = [("default_model_filename", config.default_model_filename)]
     named += [(f"output[{i}].label_filename", output.label_filename) for i, output in enumerate(config.output)]
+    for i, state in enumerate(config.sequence_batching.state):
+        for initial in state.initial_state:
+            named.append((f"sequence_batching.state[{i}].initial_state[0].data_file", initial.data_file))
     for field, filename in named:
         problem = path_problem(filename) if filename else ""
         if problem:
@@ -94,7 +99,8 @@ def check_graph(config: ModelConfig, signature: GraphSignature) -> None:
     """Check a complete configuration against the model file; raises ModelLoadError on the first thing that differs."""
     inputs = {spec.name: spec for spec in signature.inputs}
     outputs = {spec.name: spec for spec in signature.outputs}
-    for tensor in _tensors(config):
+    fed, kept = hidden_inputs(config), hidden_outputs(config)
+    for tensor in (*_tensors(config), *fed, *kept):
         kind, specs = ("input", inputs) if isinstance(tensor, ModelInput) else ("output", outputs)
         if tensor.name not in specs:
             allowed = ", ".join(sorted(specs))
@@ -102,8 +108,8 @@ def check_graph(config: ModelConfig, signature: GraphSignature) -> None:
                 f"unexpected inference {kind} '{tensor.name}', allowed {kind}s are: {allowed}", model=config.name
             )
     check_ragged_graph(config, inputs)
-    _check_presence(config, signature)
-    for tensor in config.input:
+    _check_presence(config, signature, {tensor.name for tensor in fed} | made_inputs(config))
+    for tensor in (*config.input, *fed):
         spec = inputs[tensor.name]
         if tensor.optional and not spec.optional:
             raise ModelLoadError(
@@ -115,7 +121,7 @@ def check_graph(config: ModelConfig, signature: GraphSignature) -> None:
         if not tensor.allow_ragged_batch:
             _check_dims(config, tensor, spec)
     scattered = {name for item in config.batch_output for name in item.target_name}
-    for output in config.output:
+    for output in (*config.output, *kept):
         _check_datatype(config, "output", output, outputs[output.name])
         if output.name not in scattered:  # those come out in whatever shape has their elements
             _check_dims(config, output, outputs[output.name])
@@ -272,8 +278,9 @@ def _sizes_between_open(dims: tuple[int, ...]) -> list[int]:
     return sizes
 
 
-def _check_presence(config: ModelConfig, signature: GraphSignature) -> None:
-    listed = {tensor.name for tensor in config.input} | made_inputs(config)
+def _check_presence(config: ModelConfig, signature: GraphSignature, fed: set[str]) -> None:
+    """Check that every required input is listed, or is fed by the server, and that there are outputs."""
+    listed = {tensor.name for tensor in config.input} | fed
     missing = [spec.name for spec in signature.inputs if not spec.optional and spec.name not in listed]
     if missing:
         names = ", ".join(f"'{name}'" for name in missing)
