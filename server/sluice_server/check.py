@@ -61,6 +61,10 @@ def _check_model(repositories: Repositories, name: str, settings: ModelSettings,
 
 def _decisions(written: ModelConfig | None, prepared: PreparedModel) -> Iterator[str]:
     yield from explain(written, prepared.config, prepared.groups[0].session.signature)
+    if prepared.proof is not None:
+        yield f"batch proof: {prepared.proof}"
+    if prepared.notice:
+        yield prepared.notice
     for group in prepared.groups:
         threads = group.threads
         yield f"runs on {', '.join(group.session.providers)}, as read back from the session"

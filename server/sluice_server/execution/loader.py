@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sluice_batching import BatchQueue, QueuePolicy
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import runtime
+from sluice_server.execution.batch_proof import Verdict, merges, proof_options, prove
 from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
+    from sluice_server.execution.batch_proof import BatchProof
     from sluice_server.execution.options import OptionPlan
     from sluice_server.execution.providers import ProviderPlan
     from sluice_server.execution.request import InferRequest
@@ -98,6 +100,23 @@ class PreparedModel:
     groups: tuple[DeviceGroup, ...]
     labels: Mapping[str, tuple[bytes, ...]]
     """The names of the classes of the outputs that have a label file, by the outputs' names."""
+    proof: BatchProof | None
+    """Whether its rows may share batches; None where requests are not merged anyway."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether requests share batches."""
+        return self.proof is not None and self.proof.verdict is not Verdict.UNSAFE
+
+    @property
+    def notice(self) -> str:
+        """What RepositoryIndex says of the version though it is ready: what it does not do as configured; or ""."""
+        if self.proof is None or self.merges:
+            return ""
+        return (
+            f"dynamic batching is off, each request is its own execution: {self.proof.reason}"
+            " (parameter 'batch_proof' = off has requests merged all the same)"
+        )
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -112,6 +131,7 @@ def prepare(
     (providers, options) for what does not fit the model file or the machine.
     """
     config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=host.has_cuda)
+    wanted_proof = proof_options(config)
     path = directory.model_file(version, config.default_model_filename)
     groups = []
     for device, count, kind, name in _placements(config):
@@ -134,7 +154,11 @@ def prepare(
         auto_complete=settings.auto_complete,
         default_max_batch_size=settings.default_max_batch_size,
     )
-    return PreparedModel(completed, tuple(groups), read_labels(completed, directory.path))
+    labels = read_labels(completed, directory.path)
+    # What one session shows of the model holds for the others.
+    first = groups[0].session
+    proof = prove(first, first.signature, completed, wanted_proof, first.providers) if merges(completed) else None
+    return PreparedModel(completed, tuple(groups), labels, proof)
 
 
 def _placements(config: ModelConfig) -> list[tuple[int, int, int, str]]:
@@ -176,7 +200,9 @@ class ModelLoader:
         completed = prepared.config
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
         interface = ModelInterface.of(completed, version, scalars, prepared.labels)
-        policy = self._queue_policy(completed)
+        policy = self._queue_policy(prepared)
+        if prepared.notice:
+            logger.warning(prepared.notice, extra={"model": completed.name, "version": version})
         queue: BatchQueue[InferRequest] = BatchQueue(policy)
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
@@ -206,6 +232,7 @@ class ModelLoader:
             to_status=self._to_status,
             timer=self._timer,
             properties=_properties(prepared, len(instances)),
+            notice=prepared.notice,
             common_session=prepared.groups[0].session if len(prepared.groups) == 1 else None,
         )
 
@@ -214,8 +241,8 @@ class ModelLoader:
             logger.warning(NO_CACHE, extra={"model": config.name, "version": version})
         return self._cache if config.response_cache.enable else None
 
-    def _queue_policy(self, config: ModelConfig) -> QueuePolicy:
-        batching = config.max_batch_size > 0 and config.HasField("dynamic_batching")
+    def _queue_policy(self, prepared: PreparedModel) -> QueuePolicy:
+        config, batching = prepared.config, prepared.merges
         scheduler = config.dynamic_batching
         # The largest size is where a batch is cut anyway, so that preferring it says nothing.
         preferred = {rows for rows in scheduler.preferred_batch_size if rows != config.max_batch_size}
@@ -250,6 +277,8 @@ def _properties(prepared: PreparedModel, instances: int) -> dict[str, str]:
         "instances": str(instances),
         "intra_op_threads": str(first.threads.intra_op_threads),
     }
+    if prepared.proof is not None:
+        properties["batch_proof"] = str(prepared.proof)
     if prepared.fallbacks:
         properties["provider_fallback"] = "; ".join(prepared.fallbacks)
     return properties

@@ -38,13 +38,17 @@ class ServedModel:
         *,
         properties: dict[str, str],
         common_session: Runnable | None = None,
+        notice: str = "",
     ) -> None:
-        """`common_session` is the one that all instances share; None when they are on several devices."""
+        """`common_session` is the one that all instances share; None when they are on several devices. `notice` is
+        what RepositoryIndex says of the version while it is ready.
+        """
         self.config = config
         self.interface = interface
         self.queue = queue
         self.statistics = statistics
         self.properties = properties
+        self.notice = notice
         self._instances = instances
         self._runner = runner
         self._to_status = to_status
