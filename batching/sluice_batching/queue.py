@@ -3,7 +3,8 @@
 Invariants
 ----------
 * Every accepted request leaves exactly once: in a batch, as expired, or cancelled. A refused one never enters.
-* A batch has at most `max_batch_rows` rows, and all its requests have equal keys. A request is never split.
+* A batch has at most `merge_rows` rows, or is one request of up to `max_batch_rows`, and all its requests have equal
+  keys. A request is never split.
 * Requests of one key leave in the order in which they came. A later, smaller one never overtakes to fill a batch.
 * A request whose deadline has come (`deadline_ns <= now_ns`) is in no batch.
 * Waiting is counted from enqueueing.
@@ -16,7 +17,7 @@ Requests of equal keys form a group. Without a delay, whatever the group of the 
 somebody takes. With a delay, a group is due as soon as one of these holds:
 
 * it holds a preferred size (its first requests add up to one), or as much as the largest preferred size
-  (`max_batch_rows` if there are none), or its next request would overflow `max_batch_rows`;
+  (`merge_rows` if there are none), or its next request would overflow `merge_rows`;
 * its oldest request has waited for `max_delay_ns`.
 
 Of the groups that are due the one with the oldest request goes first; a group that is not due holds up nobody. A
@@ -86,6 +87,7 @@ class Queue(Generic[R]):
         "_groups",
         "_max_bytes",
         "_max_rows",
+        "_merge_rows",
         "_next_order",
         "_policy",
         "_preferred",
@@ -99,7 +101,8 @@ class Queue(Generic[R]):
     def __init__(self, policy: QueuePolicy) -> None:
         self._policy = policy
         self._preferred = frozenset(policy.preferred_batch_rows)
-        self._full_rows = max(policy.preferred_batch_rows, default=policy.max_batch_rows)
+        self._merge_rows = policy.most_merged_rows
+        self._full_rows = max(policy.preferred_batch_rows, default=self._merge_rows)
         self._waits = policy.max_delay_ns > 0
         self._batching = policy.batching
         self._max_rows = policy.max_queue_rows or sys.maxsize
@@ -263,17 +266,17 @@ class Queue(Generic[R]):
         if not self._batching:
             return 1
         preferred = frozenset() if overdue else self._preferred
-        if not preferred and group.rows <= self._policy.max_batch_rows:
+        if not preferred and group.rows <= self._merge_rows:
             return len(group.requests)
         rows = fitting = best = 0
         for request in group.requests.values():
             rows += request.rows
-            if rows > self._policy.max_batch_rows:
+            if rows > self._merge_rows:
                 break
             fitting += 1
             if rows in preferred:
                 best = fitting
-        return best or fitting
+        return best or fitting or 1
 
     def _remove_first(self, group: _Group[R], length: int) -> list[R]:
         """Take the oldest `length` requests out of a group."""

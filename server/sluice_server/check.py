@@ -63,6 +63,8 @@ def _decisions(written: ModelConfig | None, prepared: PreparedModel) -> Iterator
     yield from explain(written, prepared.config, prepared.groups[0].session.signature)
     if prepared.proof is not None:
         yield f"batch proof: {prepared.proof}"
+    if prepared.curve is not None:
+        yield f"batch curve: {prepared.curve}"
     if prepared.notice:
         yield prepared.notice
     for group in prepared.groups:

@@ -280,6 +280,8 @@ class Server:
                 pending_requests=len(model.queue),
                 queue_rows=model.queue.rows,
                 queue_bytes=model.queue.size_bytes,
+                merge_rows=model.queue.policy.most_merged_rows if model.curve is not None else 0,
+                batch_rates=tuple((at.rows, at.rows_per_s) for at in model.curve.points) if model.curve else (),
                 latencies=model.statistics.latencies.snapshot() if model.statistics.latencies else LatencySnapshot(),
             )
             for model in self.manager.served()

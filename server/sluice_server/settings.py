@@ -67,6 +67,8 @@ class ModelSettings:
     config_name: str = ""
     cache_bytes: int = 0
     """What the response cache may hold; 0: there is none."""
+    curve_directory: Path | None = None
+    """Where measured batch curves are kept; None: in the user's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,7 @@ def _model_settings(args: argparse.Namespace) -> ModelSettings:
         queue_bytes=args.default_queue_bytes,
         config_name=args.model_config_name,
         cache_bytes=cache_bytes(args.cache_config, args.response_cache_byte_size),
+        curve_directory=args.batch_curve_cache,
     )
 
 

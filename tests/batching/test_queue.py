@@ -381,3 +381,19 @@ def test_nothing_keeps_a_request_alive_that_has_left() -> None:
     del cancelled, run
     assert len(alive) == 0
     assert repr(queue) == "<Queue: 0 requests, 0 rows, 0 bytes, 0 groups>"
+
+
+def test_requests_are_merged_up_to_merge_rows_and_a_larger_one_goes_alone() -> None:
+    queue: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8, merge_rows=2, batching=True))
+    offered(queue, Named("a0"), Named("a1"), Named("a2"), Named("a3", rows=8), Named("a4"))
+    assert [taken(queue) for _ in range(4)] == [["a0", "a1"], ["a2"], ["a3"], ["a4"]]
+
+
+def test_what_is_merged_is_full_at_merge_rows_and_waits_no_longer() -> None:
+    queue: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8, merge_rows=2, batching=True, max_delay_ns=5 * MS))
+    offered(queue, Named("a0"))
+    assert taken(queue) == []
+    offered(queue, Named("a1"))
+    assert taken(queue) == ["a0", "a1"]
+    offered(queue, Named("a2", rows=5))
+    assert taken(queue) == ["a2"]

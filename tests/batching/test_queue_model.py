@@ -61,15 +61,16 @@ class NaiveQueue:
     def due(self, group: list[Request], now_ns: int) -> list[Request]:
         """The batch of a group if it is due."""
         sums = [sum(request.rows for request in group[: i + 1]) for i in range(len(group))]
-        fitting = [total for total in sums if total <= self.policy.max_batch_rows]
+        fitting = [total for total in sums if total <= self.policy.most_merged_rows]
         preferred = [total for total in fitting if total in self.policy.preferred_batch_rows]
+        length = len(fitting) or 1  # a request that is larger than what is merged goes alone
         if self.overdue(group[0], now_ns):
-            return group[: len(fitting)]
+            return group[:length]
         if preferred:
             return group[: sums.index(preferred[-1]) + 1]
-        enough = max(self.policy.preferred_batch_rows, default=self.policy.max_batch_rows)
+        enough = max(self.policy.preferred_batch_rows, default=self.policy.most_merged_rows)
         if self.policy.max_delay_ns == 0 or self.draining or len(fitting) < len(group) or fitting[-1] >= enough:
-            return group[: len(fitting)]
+            return group[:length]
         return []
 
     def returns_something(self, now_ns: int) -> bool:
@@ -80,11 +81,13 @@ class NaiveQueue:
 def policies(draw: st.DrawFn) -> QueuePolicy:
     rows = draw(st.integers(1, 8))
     batching = draw(st.sampled_from([True, True, True, False]))
+    merge_rows = draw(st.integers(0, rows))
     return QueuePolicy(
         max_batch_rows=rows,
+        merge_rows=merge_rows,
         batching=batching,
         max_delay_ns=draw(st.integers(0, 6)) if batching else 0,
-        preferred_batch_rows=tuple(draw(st.lists(st.integers(1, rows), max_size=3))) if batching else (),
+        preferred_batch_rows=tuple(draw(st.lists(st.integers(1, merge_rows or rows), max_size=3))) if batching else (),
         max_queue_rows=draw(st.sampled_from([0, 0, 5, 20])),
         max_queue_bytes=draw(st.sampled_from([0, 0, 7, 40])),
     )
@@ -133,7 +136,10 @@ class QueueAgainstModel(RuleBasedStateMachine):
         assert self.queue.take(self.now_ns) == (batch, expired)
         self.leave(expired)
         self.leave(batch)
-        assert sum(request.rows for request in batch) <= self.model.policy.max_batch_rows
+        policy = self.model.policy
+        assert sum(request.rows for request in batch) <= (
+            policy.most_merged_rows if len(batch) > 1 else policy.max_batch_rows
+        )
         assert not self.model.policy.batching or len({request.key for request in batch}) <= 1
         assert all(request.deadline_ns > self.now_ns for request in batch)
 

@@ -64,6 +64,8 @@ FLAGS = [
     ([], "models.queue_rows", server_flags.QUEUE_ROWS_DEFAULT),
     (["--default-queue-rows=0"], "models.queue_rows", 0),
     (["--default-queue-bytes=1024"], "models.queue_bytes", 1024),
+    ([], "models.curve_directory", None),
+    (["--batch-curve-cache=/var/cache/sluice"], "models.curve_directory", Path("/var/cache/sluice")),
     ([], "models.cache_bytes", 0),
     (["--cache-config=local,size=1048576"], "models.cache_bytes", 1 << 20),
     (["--cache-config", "local,size=0"], "models.cache_bytes", 0),

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from sluice_batching import BatchQueue, QueuePolicy
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
-from sluice_server.execution import runtime
+from sluice_server.execution import batch_curve, curve_cache, runtime
+from sluice_server.execution.batch_curve import BatchCurve, CurveOptions
 from sluice_server.execution.batch_proof import Verdict, merges, proof_options, prove
 from sluice_server.execution.cached import CachedModel, CachingRunner
+from sluice_server.execution.curve_cache import CurveCache
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
@@ -34,6 +36,7 @@ from sluice_server.repository.validate import scalar_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
@@ -69,6 +72,10 @@ class Host:
     cpus: int
     gpus: int
     providers: tuple[str, ...]
+    processors: str = ""
+    """The names of its CPUs and GPUs."""
+    cache_directory: Path | None = None
+    """Where this user's caches are."""
 
     @property
     def has_cuda(self) -> bool:
@@ -78,7 +85,13 @@ class Host:
     @classmethod
     def of_this_machine(cls, environ: Mapping[str, str]) -> Host:
         """Look at the machine; CUDA_VISIBLE_DEVICES limits the GPUs as it does for CUDA."""
-        return cls(available_cpus(), count_gpus(environ.get("CUDA_VISIBLE_DEVICES")), runtime.available_providers())
+        return cls(
+            available_cpus(),
+            count_gpus(environ.get("CUDA_VISIBLE_DEVICES")),
+            runtime.available_providers(),
+            curve_cache.processors(),
+            curve_cache.default_directory(environ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +115,8 @@ class PreparedModel:
     """The names of the classes of the outputs that have a label file, by the outputs' names."""
     proof: BatchProof | None
     """Whether its rows may share batches; None where requests are not merged anyway."""
+    curve: BatchCurve | None
+    """Up to which size batches pay; None where that was not measured."""
 
     @property
     def merges(self) -> bool:
@@ -131,7 +146,7 @@ def prepare(
     (providers, options) for what does not fit the model file or the machine.
     """
     config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=host.has_cuda)
-    wanted_proof = proof_options(config)
+    wanted_proof, wanted_curve = proof_options(config), batch_curve.curve_options(written)
     path = directory.model_file(version, config.default_model_filename)
     groups = []
     for device, count, kind, name in _placements(config):
@@ -158,7 +173,46 @@ def prepare(
     # What one session shows of the model holds for the others.
     first = groups[0].session
     proof = prove(first, first.signature, completed, wanted_proof, first.providers) if merges(completed) else None
-    return PreparedModel(completed, tuple(groups), labels, proof)
+    curve = None
+    if proof is not None and proof.verdict is not Verdict.UNSAFE and proof.rows and wanted_curve.wanted:
+        curve = _curve(path, groups[0], completed, proof, wanted_curve, _curve_cache(settings, host), host)
+    return PreparedModel(completed, tuple(groups), labels, proof, curve)
+
+
+def _curve_cache(settings: ModelSettings, host: Host) -> CurveCache:
+    return CurveCache(host.cache_directory if settings.curve_directory is None else settings.curve_directory)
+
+
+def _curve(
+    path: Path,
+    group: DeviceGroup,
+    config: ModelConfig,
+    proof: BatchProof,
+    wanted: CurveOptions,
+    cache: CurveCache,
+    host: Host,
+) -> BatchCurve:
+    """The curve of a model on its first device: the one that is kept, or measured now."""
+    facts: curve_cache.Facts = {}
+    if cache.keeps:
+        facts = {
+            "model": curve_cache.file_digest(path),
+            "max_batch_rows": config.max_batch_size,
+            "outputs": [tensor.name for tensor in config.output],
+            "inputs": {name: [str(array.dtype), *array.shape] for name, array in proof.rows[0].items()},
+            "runtime": runtime.runtime_version(),
+            "providers": [[choice.name, dict(choice.options)] for choice in group.providers.choices],
+            "running": list(group.session.providers),
+            "session": dict(group.options.session),
+            "session_entries": dict(group.options.session_entries),
+            "processors": host.processors,
+        }
+    points = cache.get(facts)
+    if points is None:
+        names = [tensor.name for tensor in config.output]
+        points = batch_curve.measure(group.session, names, proof.rows, config.max_batch_size)
+        cache.put(facts, points)
+    return BatchCurve(points, batch_curve.choose_cap(points) if wanted.caps else 0)
 
 
 def _placements(config: ModelConfig) -> list[tuple[int, int, int, str]]:
@@ -233,6 +287,7 @@ class ModelLoader:
             timer=self._timer,
             properties=_properties(prepared, len(instances)),
             notice=prepared.notice,
+            curve=prepared.curve,
             common_session=prepared.groups[0].session if len(prepared.groups) == 1 else None,
         )
 
@@ -248,6 +303,7 @@ class ModelLoader:
         preferred = {rows for rows in scheduler.preferred_batch_size if rows != config.max_batch_size}
         return QueuePolicy(
             max_batch_rows=max(1, config.max_batch_size),
+            merge_rows=prepared.curve.cap if prepared.curve is not None else 0,
             batching=batching,
             max_delay_ns=scheduler.max_queue_delay_microseconds * NS_PER_US if batching else 0,
             preferred_batch_rows=tuple(sorted(preferred)) if batching else (),
@@ -279,6 +335,8 @@ def _properties(prepared: PreparedModel, instances: int) -> dict[str, str]:
     }
     if prepared.proof is not None:
         properties["batch_proof"] = str(prepared.proof)
+    if prepared.curve is not None:
+        properties["batch_curve"] = str(prepared.curve)
     if prepared.fallbacks:
         properties["provider_fallback"] = "; ".join(prepared.fallbacks)
     return properties

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from sluice_batching import BatchingError, BatchQueue, ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
+    from sluice_server.execution.batch_curve import BatchCurve
     from sluice_server.execution.instance import BatchRunner, Instance, Runnable
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.statistics import ModelStatistics
@@ -39,9 +40,10 @@ class ServedModel:
         properties: dict[str, str],
         common_session: Runnable | None = None,
         notice: str = "",
+        curve: BatchCurve | None = None,
     ) -> None:
         """`common_session` is the one that all instances share; None when they are on several devices. `notice` is
-        what RepositoryIndex says of the version while it is ready.
+        what RepositoryIndex says of the version while it is ready, `curve` the rates of its batch sizes.
         """
         self.config = config
         self.interface = interface
@@ -49,6 +51,7 @@ class ServedModel:
         self.statistics = statistics
         self.properties = properties
         self.notice = notice
+        self.curve = curve
         self._instances = instances
         self._runner = runner
         self._to_status = to_status
