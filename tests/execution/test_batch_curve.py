@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,9 +28,12 @@ from sluice_server.execution.batch_curve import (
     choose_cap,
     curve_options,
     measure,
+    run_clock_for,
 )
 from sluice_server.execution.curve_cache import CurveCache, default_directory, file_digest, processors
 from sluice_server.execution.parameters import BadOption
+from sluice_server.execution.providers import CPU, CUDA
+from sluice_server.execution.threads import ThreadPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -109,9 +113,12 @@ class TimedSession:
         self.now_ns += self.run_ns(rows, len(self.sizes))
         return []
 
+    def clock(self) -> int:
+        return self.now_ns
+
     def measure(self, max_batch_rows: int, columns: int = 2) -> dict[int, float]:
         rows = [{"X": np.full((1, columns), value, np.float32)} for value in (1, 2)]
-        found = measure(self, ["Y"], rows, max_batch_rows, lambda: self.now_ns)
+        found = measure(self, ["Y"], rows, max_batch_rows, clock=self.clock, run_clock=self.clock)
         return {point.rows: round(point.rows_per_s) for point in found}
 
 
@@ -144,6 +151,22 @@ def test_slow_models_are_measured_in_the_sizes_that_there_is_time_for(row_ms, si
     assert session.measure(64).keys() == sizes
     assert session.now_ns <= max(BUDGET_NS * 1.5, 2 * row_ms * MS)
     assert all(session.sizes.count(size) > 1 for size in sizes)
+
+
+def test_a_model_on_one_thread_is_timed_by_what_that_thread_takes_and_others_by_the_time_that_passes():
+    def clock(providers: Sequence[str], intra_op: int = 1, inter_op: int = 1) -> object:
+        return run_clock_for(providers, ThreadPlan(1, intra_op, inter_op))
+
+    assert clock([CPU]) is time.thread_time_ns
+    assert clock([CPU], intra_op=2) is clock([CPU], inter_op=2) is clock([CUDA, CPU]) is time.perf_counter_ns
+
+
+def test_time_that_others_take_is_bounded_but_not_counted():
+    session = TimedSession(lambda rows, _: 200 * MS * rows)
+    rows = [{"X": np.zeros((1, 2), np.float32)}]
+    found = measure(session, ["Y"], rows, 64, clock=session.clock, run_clock=lambda: session.now_ns // 10)
+    assert [(point.rows, round(point.rows_per_s)) for point in found] == [(1, 50), (2, 50)]
+    assert session.now_ns <= BUDGET_NS * 1.5
 
 
 def test_sizes_that_fail_or_are_too_large_are_left_out():

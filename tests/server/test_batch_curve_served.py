@@ -123,3 +123,11 @@ def test_the_cache_is_the_users_unless_told_otherwise(repository, start_server, 
     write(repository)
     start_server(repository, environ={"XDG_CACHE_HOME": str(tmp_path / "xdg")})
     assert len(list((tmp_path / "xdg" / "sluice" / "batch-curves").iterdir())) == 1
+
+
+def test_a_curve_that_there_was_no_time_for_is_not_kept(repository, start_server, tmp_path):
+    model = models.slower_in_batches(ITERATIONS)  # 64 rows take 4,096 times what one does
+    models.write_model(repository, "m", model, max_batch_size=64)
+    server = start_server(repository, models={"curve_directory": tmp_path / "cache"})
+    assert ", 64: " not in server.call("ModelMetadata", pb.ModelMetadataRequest(name="m")).properties["batch_curve"]
+    assert not (tmp_path / "cache").exists()

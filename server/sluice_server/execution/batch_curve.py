@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from sluice_server.errors import SluiceError
 from sluice_server.execution.batch_proof import merge
 from sluice_server.execution.parameters import parameter_values, read_choice
+from sluice_server.execution.providers import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sluice_proto.model_config_pb2 import ModelConfig
     from sluice_server.execution.instance import Runnable
     from sluice_server.execution.probes import Row
+    from sluice_server.execution.threads import ThreadPlan
 
 PARAMETER = "batch_curve"
 """The key in a configuration's `parameters`: `off` has nothing measured, `on` also beside preferred batch sizes."""
@@ -97,6 +99,12 @@ def curve_options(written: ModelConfig | None) -> CurveOptions:
     return CurveOptions(word == "on", not prefers)
 
 
+def run_clock_for(providers: Sequence[str], threads: ThreadPlan) -> Callable[[], int]:
+    """The clock that tells best what a run of such a session takes."""
+    is_alone = set(providers) <= {CPU} and threads.intra_op_threads == 1 and threads.inter_op_threads == 1
+    return time.thread_time_ns if is_alone else time.perf_counter_ns
+
+
 def choose_cap(points: Sequence[Point]) -> int:
     """The most rows to merge requests to; 0 where the largest size measured is about as good as any."""
     if not points:
@@ -119,24 +127,33 @@ def measure(
     output_names: Sequence[str],
     rows: Sequence[Row],
     max_batch_rows: int,
+    *,
     clock: Callable[[], int] = time.perf_counter_ns,
+    run_clock: Callable[[], int] = time.perf_counter_ns,
 ) -> tuple[Point, ...]:
-    """Run the rows in batches of rising sizes; those that fail, or for which there is no time, are left out."""
+    """Run the rows in batches of rising sizes; those that fail, or for which there is no time, are left out.
+
+    `run_clock` is what a run is timed by, in ns: for a session that computes on the calling thread alone, the CPU time
+    of that thread shows what the model takes however busy the machine is (`run_clock_for`).
+    """
     with _measuring:
         until_ns = clock() + BUDGET_NS
 
         def run_ns(feeds: Row) -> int:
-            began_ns = clock()
+            began_ns = run_clock()
             session.run(output_names, dict(feeds))
-            return max(1, clock() - began_ns)
+            return max(1, run_clock() - began_ns)
 
         shortest_ns: dict[int, int] = {}
+        passed_ns: list[int] = []
         batches: dict[int, Row] = {}
         try:
             for size, feeds in _batches(rows, max_batch_rows):
-                if not _fits(shortest_ns, until_ns - clock()):
+                began_ns = clock()
+                if not _fits(passed_ns, until_ns - began_ns):
                     break
                 shortest_ns[size] = run_ns(feeds)
+                passed_ns.append(clock() - began_ns)
                 batches[size] = feeds
             for number in itertools.count(1):
                 if number >= ROUNDS_MIN and clock() >= until_ns:
@@ -164,7 +181,7 @@ def _batches(rows: Sequence[Row], max_batch_rows: int) -> Iterator[tuple[int, Ro
         yield size, merge(list(itertools.islice(itertools.cycle(rows), size)))
 
 
-def _fits(shortest_ns: dict[int, int], left_ns: int) -> bool:
+def _fits(passed_ns: Sequence[int], left_ns: int) -> bool:
     """Whether the next size, of about twice the time of the last, can be run as often as all must be."""
-    next_ns = 2 * max(shortest_ns.values(), default=0)
-    return (sum(shortest_ns.values()) + next_ns) * (ROUNDS_MIN - 1) + next_ns <= left_ns
+    next_ns = 2 * passed_ns[-1] if passed_ns else 0
+    return (sum(passed_ns) + next_ns) * (ROUNDS_MIN - 1) + next_ns <= left_ns

@@ -210,8 +210,12 @@ def _curve(
     points = cache.get(facts)
     if points is None:
         names = [tensor.name for tensor in config.output]
-        points = batch_curve.measure(group.session, names, proof.rows, config.max_batch_size)
-        cache.put(facts, points)
+        run_clock = batch_curve.run_clock_for(group.session.providers, group.threads)
+        points = batch_curve.measure(group.session, names, proof.rows, config.max_batch_size, run_clock=run_clock)
+        if (
+            points and points[-1].rows == config.max_batch_size
+        ):  # else there was no time, and there may be at another load
+            cache.put(facts, points)
     return BatchCurve(points, batch_curve.choose_cap(points) if wanted.caps else 0)
 
 
