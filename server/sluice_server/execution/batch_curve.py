@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PARAMETER = "batch_curve"
 """The key in a configuration's `parameters`: `off` has nothing measured, `on` also beside preferred batch sizes."""
 
-BUDGET_NS = 1_500_000_000
+BUDGET_NS = 2_000_000_000
 """What a measurement may take, as a load waits for it."""
 
 ROUNDS_MIN, ROUNDS_ENOUGH = 2, 20
@@ -48,7 +48,7 @@ CLEARLY_SLOWER = 0.95
 """The largest size has a rate below this share of the best one's before anything is capped; less is noise."""
 
 AS_FAST = 0.98
-"""Then the cap is the largest size with this share of the best rate."""
+"""Then the cap is the smallest size with this share of the best rate: waiting for more rows gives nothing."""
 
 _SWITCH = {"on": "on", "off": "off"}
 
@@ -105,15 +105,22 @@ def run_clock_for(providers: Sequence[str], threads: ThreadPlan) -> Callable[[],
     return time.thread_time_ns if is_alone else time.perf_counter_ns
 
 
-def choose_cap(points: Sequence[Point]) -> int:
-    """The most rows to merge requests to; 0 where the largest size measured is about as good as any."""
+def choose_cap(points: Sequence[Point], max_batch_rows: int) -> int:
+    """The most rows to merge requests to; 0 where the largest size is about as good as any.
+
+    Where the largest was not measured, as it takes too long or fails, the rates have to be rising still.
+    """
     if not points:
         return 0
     rates = [point.rows / (point.rows / point.rows_per_s + RUN_OVERHEAD_NS / 1e9) for point in points]
     best = max(rates)
-    if rates[-1] >= CLEARLY_SLOWER * best:
+    if points[-1].rows == max_batch_rows:
+        is_worth_it = rates[-1] >= CLEARLY_SLOWER * best
+    else:
+        is_worth_it = CLEARLY_SLOWER * rates[-1] >= max(rates[:-1], default=0.0)
+    if is_worth_it:
         return 0
-    return max(point.rows for point, rate in zip(points, rates, strict=True) if rate >= AS_FAST * best)
+    return min(point.rows for point, rate in zip(points, rates, strict=True) if rate >= AS_FAST * best)
 
 
 def batch_sizes(max_batch_rows: int) -> list[int]:
@@ -158,7 +165,7 @@ def measure(
             for number in itertools.count(1):
                 if number >= ROUNDS_MIN and clock() >= until_ns:
                     break
-                if number >= ROUNDS_ENOUGH and not choose_cap(_points(shortest_ns)):
+                if number >= ROUNDS_ENOUGH and not choose_cap(_points(shortest_ns), max_batch_rows):
                     break
                 for size, feeds in batches.items():
                     shortest_ns[size] = min(shortest_ns[size], run_ns(feeds))

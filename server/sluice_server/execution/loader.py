@@ -216,7 +216,7 @@ def _curve(
             points and points[-1].rows == config.max_batch_size
         ):  # else there was no time, and there may be at another load
             cache.put(facts, points)
-    return BatchCurve(points, batch_curve.choose_cap(points) if wanted.caps else 0)
+    return BatchCurve(points, batch_curve.choose_cap(points, config.max_batch_size) if wanted.caps else 0)
 
 
 def _placements(config: ModelConfig) -> list[tuple[int, int, int, str]]:
