@@ -32,7 +32,10 @@ PARAMETER = "batch_curve"
 """The key in a configuration's `parameters`: `off` has nothing measured, `on` also beside preferred batch sizes."""
 
 BUDGET_NS = 2_000_000_000
-"""What a measurement may take, as a load waits for it."""
+"""What the runs of a measurement may take, as a load waits for it."""
+
+WALL_NS = 4_000_000_000
+"""And how long that may last on a machine that is busy with other things."""
 
 ROUNDS_MIN, ROUNDS_ENOUGH = 2, 20
 """Runs of each size: two, which are few, of models whose runs are long and so vary little; 20 of fast ones. Where those
@@ -144,26 +147,25 @@ def measure(
     of that thread shows what the model takes however busy the machine is (`run_clock_for`).
     """
     with _measuring:
-        until_ns = clock() + BUDGET_NS
+        until_ns = clock() + WALL_NS
+        spent_ns: list[int] = []
 
         def run_ns(feeds: Row) -> int:
             began_ns = run_clock()
             session.run(output_names, dict(feeds))
-            return max(1, run_clock() - began_ns)
+            spent_ns.append(max(1, run_clock() - began_ns))
+            return spent_ns[-1]
 
         shortest_ns: dict[int, int] = {}
-        passed_ns: list[int] = []
         batches: dict[int, Row] = {}
         try:
             for size, feeds in _batches(rows, max_batch_rows):
-                began_ns = clock()
-                if not _fits(passed_ns, until_ns - began_ns):
+                if not _fits(spent_ns) or clock() >= until_ns - WALL_NS // ROUNDS_MIN:
                     break
                 shortest_ns[size] = run_ns(feeds)
-                passed_ns.append(clock() - began_ns)
                 batches[size] = feeds
             for number in itertools.count(1):
-                if number >= ROUNDS_MIN and clock() >= until_ns:
+                if number >= ROUNDS_MIN and (sum(spent_ns) >= BUDGET_NS or clock() >= until_ns):
                     break
                 if number >= ROUNDS_ENOUGH and not choose_cap(_points(shortest_ns), max_batch_rows):
                     break
@@ -188,7 +190,7 @@ def _batches(rows: Sequence[Row], max_batch_rows: int) -> Iterator[tuple[int, Ro
         yield size, merge(list(itertools.islice(itertools.cycle(rows), size)))
 
 
-def _fits(passed_ns: Sequence[int], left_ns: int) -> bool:
+def _fits(spent_ns: Sequence[int]) -> bool:
     """Whether the next size, of about twice the time of the last, can be run as often as all must be."""
-    next_ns = 2 * passed_ns[-1] if passed_ns else 0
-    return (sum(passed_ns) + next_ns) * (ROUNDS_MIN - 1) + next_ns <= left_ns
+    next_ns = 2 * spent_ns[-1] if spent_ns else 0
+    return (sum(spent_ns) + next_ns) * ROUNDS_MIN <= BUDGET_NS

@@ -35,8 +35,8 @@ OPEN_SIZES = (16, 32, 64, 1, 8, 128, 224)
 """Tried for open dimensions: sequences take any length, short ones are quick."""
 
 PICTURE_SIZES = (320, 48, 32, 64, 128, 224, 16)
-"""Tried where pictures of any size are taken, which is what detection does: first one that costs what real ones cost, then
-the heights of lines of text, as runs that fail on large pictures take long."""
+"""Tried where pictures of any size are taken, which is what detection does: first one that costs what real ones cost,
+then the heights of lines of text, as runs that fail on large pictures take long."""
 
 PICTURE_RANK = 4
 """Of a batch of pictures: [N, C, H, W] or [N, H, W, C]."""
