@@ -1,12 +1,13 @@
 """The models that the benchmark serves, generated into a temporary model repository, and a request to each.
 
-All of them run in one instance with one intra-op thread, so that the bare loop next to them has the same threads.
+Those that a bare loop runs next to have one instance with one intra-op thread, as it has.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,6 +42,7 @@ _ENCODER_WEIGHTS: dict[str, tuple[int, int]] = {
         for layer in range(ENCODER_LAYERS)
     },
 }
+PAGE = (3, 320, 320)
 DEMO_DIGITS = Path(__file__).resolve().parents[1] / "deploy" / "models" / "digits_mlp"
 
 _THREADS_TEXT = f"""
@@ -252,6 +254,44 @@ def _bucketed(make: Callable[[Path], BenchModel]) -> Callable[[Path], BenchModel
     return generate_bucketed
 
 
+OCR_PACKAGE = "rapidocr-onnxruntime"
+OCR_FILE = "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx"
+OCR_SIZES = (1, 2, 4)
+"""Up to the batch size that a model without a configuration gets."""
+
+
+def find_ocr() -> Path | None:
+    """The model of text detection, out of a package of which nothing else is used; None where that is not installed."""
+    try:
+        file = Path(str(metadata.distribution(OCR_PACKAGE).locate_file(OCR_FILE)))
+    except metadata.PackageNotFoundError:
+        return None
+    return file if file.is_file() else None
+
+
+def _ocr(directory: Path) -> BenchModel:
+    """Text detection on a small page, 1.2 MB, without any configuration: batches of it are slower than single rows."""
+    file = find_ocr()
+    if file is None:
+        raise FileNotFoundError(f"{OCR_FILE}: install {OCR_PACKAGE} (make bench does)")
+    (directory / "1").mkdir(parents=True)
+    shutil.copy(file, directory / "1" / "model.onnx")
+    title = "text detection " + "x".join(map(str, (1, *PAGE)))
+    return _bench_model(directory, title, OCR_SIZES[-1], _random_rows(*PAGE), "x")
+
+
+def _ocr_in_batches(most: int) -> Callable[[Path], BenchModel]:
+    """The same, merged up to a size that the configuration says."""
+
+    def generate_ocr(directory: Path) -> BenchModel:
+        model = _ocr(directory)
+        parameter = 'parameters { key: "batch_curve" value { string_value: "off" } }'
+        (directory / "config.pbtxt").write_text(f'backend: "onnxruntime"\nmax_batch_size: {most}\n{parameter}\n')
+        return replace(model, title=f"{model.title}, batches up to {most}", max_batch_rows=most)
+
+    return generate_ocr
+
+
 GENERATORS: dict[str, Callable[[Path], BenchModel]] = {
     "identity": _identity,
     "digits_mlp": _digits_mlp,
@@ -263,6 +303,8 @@ GENERATORS: dict[str, Callable[[Path], BenchModel]] = {
     "lengths_bucketed": _bucketed(_lengths),
     **{name: _part(layers) for name, layers in PIPELINE.items()},
     "pipeline": _pipeline,
+    "ocr": _ocr,
+    **{f"ocr_{most}": _ocr_in_batches(most) for most in OCR_SIZES},
 }
 
 
@@ -282,11 +324,13 @@ def _write(directory: Path, graph: onnx.GraphProto, max_batch_rows: int) -> None
     (directory / "config.pbtxt").write_text(text + _THREADS_TEXT)
 
 
-def _bench_model(directory: Path, title: str, max_batch_rows: int, row: NDArray[np.float32]) -> BenchModel:
+def _bench_model(
+    directory: Path, title: str, max_batch_rows: int, row: NDArray[np.float32], input_name: str = "X"
+) -> BenchModel:
     """Build the request for the row, and ask ONNX Runtime for the answer."""
     file = directory / "1" / "model.onnx"
     session = open_session(file, THREADS)
-    answer = session.run(None, {"X": row})[0]
+    answer = session.run(None, {input_name: row})[0]
     request = ModelInferRequest(model_name=directory.name, raw_input_contents=[row.tobytes()])
-    request.inputs.add(name="X", datatype="FP32", shape=row.shape)
+    request.inputs.add(name=input_name, datatype="FP32", shape=row.shape)
     return BenchModel(directory.name, title, file, max_batch_rows, request.SerializeToString(), answer)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loadtests.h2load import Load
-from loadtests.models import PIPELINE
+from loadtests.models import OCR_SIZES, PIPELINE
 from loadtests.peers import CACHED, CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE
 
 
@@ -24,6 +24,9 @@ def _cases(model: str, load: Load, *whos: str) -> tuple[Case, ...]:
 LONE, BASE, BUSY, CROWD, APART = Load(1, 1), Load(2, 16), Load(4, 32), Load(1000, 1), Load(32, 1)
 LARGE, LARGER, IMAGES, MIXED = Load(4, 16), Load(4, 25), Load(2, 4), Load(4, 16)
 
+OCR = "ocr"
+"""The part that needs a model from a package."""
+
 MEMORY = "memory"
 """The part that is no row of the table."""
 
@@ -40,6 +43,7 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "cache": _cases("digits_cached", BUSY, NATIVE, CACHED, UNIQUE, CACHED_UNIQUE)
     + _cases("identity_cached", BASE, UNIQUE, CACHED_UNIQUE),
     "ensemble": tuple(case for model in (*PIPELINE, "pipeline") for case in _cases(model, LONE, NATIVE)),
+    OCR: tuple(Case(model, NATIVE, IMAGES) for model in ("ocr", *(f"ocr_{most}" for most in OCR_SIZES))),
     MEMORY: (),
 }
 """Each part has everything in it that its goals compare."""

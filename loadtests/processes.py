@@ -50,6 +50,7 @@ def sluice(repository: Path, scratch: Path, transport: str, *more: str) -> Itera
     program = Path(sysconfig.get_path("scripts")) / "sluice"
     port, http_port = free_port(), free_port()
     listen = [f"--grpc-port={port}", f"--http-port={http_port}", "--metrics-port=0"]
+    listen.append(f"--batch-curve-cache={scratch}")  # what is measured is measured in this run
     command = [str(program), "serve", f"--transport={transport}", f"--model-repository={repository}", *listen, *more]
     with _running(command, port, scratch / f"sluice-{port}.log") as server:
         yield replace(server, http_port=http_port)

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     StartServer = Callable[..., RunningServer]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _caches_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept in the caches of the user who runs the tests, nor read from there; processes inherit it."""
+    with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=TRANSPORTS, scope="session")
 def transport(request: pytest.FixtureRequest) -> str:
     """Every transport by name: a test that asks for it, or for a server, runs once on each."""

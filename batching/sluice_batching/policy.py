@@ -101,7 +101,12 @@ class QueuePolicy:
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         for rows in self.preferred_batch_rows:
-            if not 1 <= rows <= self.max_batch_rows:
-                raise ValueError(f"preferred_batch_rows must lie in 1..{self.max_batch_rows}, got {rows}")
+            if not 1 <= rows <= self.most_merged_rows:
+                raise ValueError(f"preferred_batch_rows must lie in 1..{self.most_merged_rows}, got {rows}")
         if not self.batching and (self.max_delay_ns or self.preferred_batch_rows):
             raise ValueError("max_delay_ns and preferred_batch_rows have a meaning only with batching")
+
+    @property
+    def most_merged_rows(self) -> int:
+        """The most rows of a batch of several requests."""
+        return self.merge_rows or self.max_batch_rows

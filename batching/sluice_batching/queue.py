@@ -138,7 +138,7 @@ class Queue(Generic[R]):
         self._policy = policy
         self._run_times = run_times or RunTimes()
         self._preferred = frozenset(policy.preferred_batch_rows)
-        self._merge_rows = policy.merge_rows or policy.max_batch_rows
+        self._merge_rows = policy.most_merged_rows
         self._full_rows = min(max(policy.preferred_batch_rows, default=policy.max_batch_rows), self._merge_rows)
         self._waits = policy.max_delay_ns > 0
         self._batching = policy.batching
@@ -171,6 +171,11 @@ class Queue(Generic[R]):
     def rows(self) -> int:
         """The rows that wait."""
         return self._rows
+
+    @property
+    def merge_rows(self) -> int:
+        """Up to how many rows requests are merged now."""
+        return self._merge_rows
 
     @property
     def size_bytes(self) -> int:

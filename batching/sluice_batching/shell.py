@@ -155,6 +155,12 @@ class BatchQueue(Generic[R]):
         return self._queue.draining
 
     @property
+    def merge_rows(self) -> int:
+        """Up to how many rows requests are merged now; sequences have no such limit."""
+        assert isinstance(self._queue, Queue)
+        return self._queue.merge_rows
+
+    @property
     def watched_deadline_ns(self) -> int:
         """No deadline of the queue is earlier, and an earlier one will be reported; see `watch_deadlines`."""
         return self._watched_deadline_ns

@@ -111,6 +111,12 @@ def _decisions(written: ModelConfig | None, prepared: PreparedModel) -> Iterator
     yield from explain(written, prepared.config, prepared.groups[0].session.signature)
     if prepared.splits:
         yield f"{SPLIT}: requests of more than {prepared.config.max_batch_size} rows are queued in parts, answered once"
+    if prepared.proof is not None:
+        yield f"batch proof: {prepared.proof}"
+    if prepared.curve is not None:
+        yield f"batch curve: {prepared.curve}"
+    if prepared.notice:
+        yield prepared.notice
     for group in prepared.groups:
         threads = group.threads
         yield f"runs on {', '.join(group.session.providers)}, as read back from the session"

@@ -68,12 +68,14 @@ def check(argv: Sequence[str]) -> int:
     parser.add_argument("--disable-auto-complete-config", action="store_true", help="as for sluice serve")
     parser.add_argument("--model-config-name", type=file_stem, default="", metavar="NAME", help="as for sluice serve")
     parser.add_argument("--allow-provider-fallback", action="store_true", help="as for sluice serve")
+    parser.add_argument("--batch-curve-cache", type=Path, metavar="DIR", help="as for sluice serve")
     args = parser.parse_args(argv)
     settings = ModelSettings(
         repositories=tuple(args.repository),
         auto_complete=not args.disable_auto_complete_config,
         allow_provider_fallback=args.allow_provider_fallback,
         config_name=args.model_config_name,
+        curve_directory=args.batch_curve_cache,
     )
     try:
         check_runtime()

@@ -287,6 +287,8 @@ class Server:
                 pending_requests=waiting.requests,
                 queue_rows=waiting.rows,
                 queue_bytes=waiting.size_bytes,
+                merge_rows=model.merge_rows,
+                batch_rates=model.batch_rates,
                 latencies=model.statistics.latencies.snapshot() if model.statistics.latencies else LatencySnapshot(),
             )
             for model in self.manager.served()

@@ -83,6 +83,8 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="rows that may wait per model (%(default)s); 0: no limit, as in Triton")  # fmt: skip
     add("--default-queue-bytes", type=whole, default=QUEUE_BYTES_DEFAULT, metavar="N",
         help="bytes of requests that may wait per model (%(default)s); 0: no limit")  # fmt: skip
+    add("--batch-curve-cache", type=Path, metavar="DIR",
+        help="where the rates of batch sizes that loads measure are kept ($XDG_CACHE_HOME/sluice)")  # fmt: skip
     add("--cache-config", action="append", default=[], metavar="local,size=BYTES",
         help="for models with response_cache: keep answers, up to so many bytes in all (no cache)")  # fmt: skip
     add("--rate-limit", choices=(OFF, EXECUTION_COUNT), default=OFF,

@@ -71,6 +71,8 @@ class ModelSettings:
     """What the response cache may hold; 0: there is none."""
     rate_limit: Mapping[Resource, int] | None = None
     """How many copies there are of the resources of rate limiters, where that was said; None: there is no limiter."""
+    curve_directory: Path | None = None
+    """Where measured batch curves are kept; None: in the user's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,7 @@ def _model_settings(args: argparse.Namespace) -> ModelSettings:
         config_name=args.model_config_name,
         cache_bytes=cache_bytes(args.cache_config, args.response_cache_byte_size),
         rate_limit=rate_limit(args.rate_limit, args.rate_limit_resource),
+        curve_directory=args.batch_curve_cache,
     )
 
 

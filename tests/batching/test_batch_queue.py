@@ -475,4 +475,5 @@ def test_a_taker_that_waits_for_a_full_batch_is_woken_when_less_is_full() -> Non
     taker = Taker(queue)
     clock.wait_for_reading("taker", 1)
     queue.tune(merge_rows=2, queue_rows=100)
+    assert queue.merge_rows == 2
     assert taker.result() == (offered, [])

@@ -394,28 +394,15 @@ def rows_of(queue: Queue[Named], now_ns: int = 0) -> list[int]:
     return sizes
 
 
-def test_requests_are_merged_up_to_merge_rows_and_a_larger_one_goes_alone() -> None:
-    queue: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8, merge_rows=4, batching=True))
-    for rows in (1, 2, 2, 7, 1):
-        queue.offer(Named("a", rows=rows), 0)
-    assert rows_of(queue) == [3, 2, 7, 1]
-
-
-def test_a_delayed_group_is_due_with_merge_rows() -> None:
-    queue: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8, merge_rows=2, batching=True, max_delay_ns=MS))
-    queue.offer(Named("a"), 0)
-    assert rows_of(queue) == []
-    queue.offer(Named("a"), 0)
-    assert rows_of(queue) == [2]
-
-
 def test_a_queue_is_tuned_while_it_holds_requests() -> None:
     queue = batching(8, delay_ms=1)
     for _ in range(4):
         queue.offer(Named("a"), 0)
     queue.tune(merge_rows=2, queue_rows=4)
     assert rows_of(queue) == [2, 2]
+    assert queue.merge_rows == 2
     queue.tune(merge_rows=99, queue_rows=99)
+    assert queue.merge_rows == 8
     for _ in range(8):
         queue.offer(Named("a"), 0)
     assert rows_of(queue) == [8]
@@ -434,3 +421,19 @@ def test_a_tuned_queue_refuses_what_is_too_much_now_and_lets_in_what_finds_it_em
     queue.tune(merge_rows=8, queue_rows=99)
     assert queue.try_offer(Named("a", rows=6), 0) is None
     assert isinstance(queue.try_offer(Named("a", rows=1), 0), QueueFull)
+
+
+def test_requests_are_merged_up_to_merge_rows_and_a_larger_one_goes_alone() -> None:
+    queue: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8, merge_rows=2, batching=True))
+    offered(queue, Named("a0"), Named("a1"), Named("a2"), Named("a3", rows=8), Named("a4"))
+    assert [taken(queue) for _ in range(4)] == [["a0", "a1"], ["a2"], ["a3"], ["a4"]]
+
+
+def test_what_is_merged_is_full_at_merge_rows_and_waits_no_longer() -> None:
+    queue: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8, merge_rows=2, batching=True, max_delay_ns=5 * MS))
+    offered(queue, Named("a0"))
+    assert taken(queue) == []
+    offered(queue, Named("a1"))
+    assert taken(queue) == ["a0", "a1"]
+    offered(queue, Named("a2", rows=5))
+    assert taken(queue) == ["a2"]

@@ -166,12 +166,13 @@ def priorities(draw: st.DrawFn) -> Priorities:
 def policies(draw: st.DrawFn) -> QueuePolicy:
     rows = draw(st.integers(1, 8))
     batching = draw(st.sampled_from([True, True, True, False]))
+    merge_rows = draw(st.integers(0, rows))
     return QueuePolicy(
         max_batch_rows=rows,
-        merge_rows=draw(st.sampled_from([0, 0, rows, (rows + 1) // 2])),
+        merge_rows=merge_rows,
         batching=batching,
         max_delay_ns=draw(st.integers(0, 6)) if batching else 0,
-        preferred_batch_rows=tuple(draw(st.lists(st.integers(1, rows), max_size=3))) if batching else (),
+        preferred_batch_rows=tuple(draw(st.lists(st.integers(1, merge_rows or rows), max_size=3))) if batching else (),
         max_queue_rows=draw(st.sampled_from([0, 0, 5, 20])),
         max_queue_bytes=draw(st.sampled_from([0, 0, 7, 40])),
         deadline_first=draw(st.sampled_from([True, True, True, False])),
@@ -254,7 +255,10 @@ class QueueAgainstModel(RuleBasedStateMachine):
         assert self.queue.take(self.now_ns) == (batch, expired)
         self.leave(expired)
         self.leave(batch)
-        assert sum(request.rows for request in batch) <= self.model.policy.max_batch_rows
+        policy = self.model.policy
+        assert sum(request.rows for request in batch) <= (
+            policy.most_merged_rows if len(batch) > 1 else policy.max_batch_rows
+        )
         assert not self.model.policy.batching or len({request.key for request in batch}) <= 1
         assert all(request.deadline_ns > self.now_ns for request in batch)
 

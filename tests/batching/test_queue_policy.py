@@ -18,6 +18,10 @@ from sluice_batching import QueuePolicy
         ({"max_batch_rows": 4, "merge_rows": 5}, r"merge_rows must lie in 0\.\.4, got 5"),
         ({"max_batch_rows": 4, "merge_rows": -1}, r"merge_rows must lie in 0\.\.4, got -1"),
         ({"max_batch_rows": 0}, "max_batch_rows must be at least 1, got 0"),
+        (
+            {"max_batch_rows": 4, "merge_rows": 2, "preferred_batch_rows": (3,)},
+            r"preferred_batch_rows must lie in 1\.\.2, got 3",
+        ),
         ({"max_delay_ns": -1}, "max_delay_ns must not be negative, got -1"),
         ({"max_queue_rows": -1}, "max_queue_rows must not be negative, got -1"),
         ({"max_queue_bytes": -1}, "max_queue_bytes must not be negative, got -1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sluice_server.cli import check
-from support import models
+from support import mixing_models, models
 
 
 @pytest.fixture
@@ -133,3 +133,16 @@ def test_a_repository_that_is_not_there_is_one_line_on_standard_error(tmp_path, 
     assert output.err.startswith("sluice check: directory ")
     assert output.err.count("\n") == 1
     assert "Traceback" not in output.out
+
+
+def test_what_is_known_of_rows_that_share_batches_is_said(repository, checked):
+    models.write_model(repository, "apart", models.identity(), max_batch_size=8)
+    models.write_model(repository, "mixed", mixing_models.mean_over_rows(), max_batch_size=8)
+    models.write_model(repository, "alone", mixing_models.mean_over_rows(), max_batch_size=8, batching=False)
+    code, said = checked()
+    assert code == 0
+    assert is_said(said["apart"], "batch proof: safe: 4 made-up rows")
+    assert is_said(said["mixed"], "batch proof: unsafe: rows give other outputs beside others than alone")
+    assert is_said(said["mixed"], "dynamic batching is off, each request is its own execution", "batch_proof")
+    assert not is_said(said["alone"], "batch proof")
+    assert not is_said(said["apart"], "dynamic batching is off")

@@ -73,6 +73,8 @@ FLAGS = [
         "models.rate_limit",
         {Resource("R1"): 10, Resource("R1", 1): 8},
     ),
+    ([], "models.curve_directory", None),
+    (["--batch-curve-cache=/var/cache/sluice"], "models.curve_directory", Path("/var/cache/sluice")),
     ([], "models.cache_bytes", 0),
     (["--cache-config=local,size=1048576"], "models.cache_bytes", 1 << 20),
     (["--cache-config", "local,size=0"], "models.cache_bytes", 0),

@@ -32,6 +32,7 @@ class FakeModel:
         self.interface = FakeInterface(name, str(version))
         self.config = config
         self.properties: dict[str, str] = {}
+        self.notice = ""
         self.started = self.draining = False
         self.start_error: Exception | None = None
         self.finished = threading.Event()

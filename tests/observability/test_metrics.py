@@ -255,3 +255,15 @@ def test_promtool_reads_it_and_objects_only_to_names_that_triton_chose() -> None
     assert [line for line in complaints if not line.startswith("nv_")] == []
     # 3 stands for complaints about style; anything else that is not 0 means that the text could not be read
     assert result.returncode == (3 if complaints else 0)
+
+
+def test_measured_batch_sizes_are_shown_with_their_cap_and_others_are_not() -> None:
+    model = replace(new_model(), merge_rows=2, batch_rates=((1, 50.0), (2, 54.25), (4, 40.123456)))
+    text = render([new_model("other"), model], SERVER).decode()
+    labels = 'model="digits",version="1"'
+    assert lines_of(text, "sluice_batch_cap_rows") == [f"sluice_batch_cap_rows{{{labels}}} 2"]
+    assert lines_of(text, "sluice_batch_curve_rows_per_second") == [
+        f'sluice_batch_curve_rows_per_second{{{labels},rows="1"}} 50.0',
+        f'sluice_batch_curve_rows_per_second{{{labels},rows="2"}} 54.25',
+        f'sluice_batch_curve_rows_per_second{{{labels},rows="4"}} 40.123',
+    ]

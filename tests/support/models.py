@@ -217,6 +217,24 @@ def slow(iterations: int) -> bytes:
     return build([loop], [tensor("X", dims=("N", 1))], [tensor("Y", dims=("N", 1))], [limit, always])
 
 
+def slower_in_batches(iterations: int) -> bytes:
+    """As `slow`, but N rows take N x N times the iterations: two rows together take twice as long as one by one."""
+    proto = onnx.load_from_string(slow(iterations))
+    loop = proto.graph.node[0]
+    loop.input[0] = "limit"
+    nodes = [
+        helper.make_node("Shape", ["X"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["rows"]),
+        helper.make_node("Mul", ["rows", "rows"], ["square"]),
+        helper.make_node("Mul", ["square", "iterations"], ["limit"]),
+        onnx.NodeProto.FromString(loop.SerializeToString()),
+    ]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int64), "first"))
+    return bytes(proto.SerializeToString())
+
+
 def write_model(
     repository: Path,
     name: str,

@@ -7,15 +7,19 @@ and puts a queue and instances around it.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes, SequencePolicy, SequenceQueue, SloTuner
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
-from sluice_server.execution import runtime
+from sluice_server.execution import batch_curve, curve_cache, runtime
+from sluice_server.execution.batch_curve import BatchCurve, CurveOptions
+from sluice_server.execution.batch_proof import Verdict, merges, proof_options, prove
 from sluice_server.execution.bucket_options import read_buckets
 from sluice_server.execution.buckets import PaddedEncoder, gatherer
 from sluice_server.execution.cached import CachedModel, CachingRunner
+from sluice_server.execution.curve_cache import CurveCache
 from sluice_server.execution.ensemble import EnsembleModel, Part
 from sluice_server.execution.gate import Gate
 from sluice_server.execution.inlets import Inlet
@@ -46,9 +50,11 @@ from sluice_server.repository.validate import scalar_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from sluice_batching import ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig, ModelRateLimiter
+    from sluice_server.execution.batch_proof import BatchProof
     from sluice_server.execution.buckets import Buckets
     from sluice_server.execution.options import OptionPlan
     from sluice_server.execution.providers import ProviderPlan
@@ -69,6 +75,8 @@ NO_CACHE = (
 )
 """What is logged, as Triton logs it; the model is served all the same."""
 
+NS_PER_S = 1_000_000_000
+
 CPU_DEVICE = -1
 """Where a GPU's number would stand for a session on the CPU."""
 
@@ -80,6 +88,10 @@ class Host:
     cpus: int
     gpus: int
     providers: tuple[str, ...]
+    processors: str = ""
+    """The names of its CPUs and GPUs."""
+    cache_directory: Path | None = None
+    """Where this user's caches are."""
 
     @property
     def has_cuda(self) -> bool:
@@ -89,7 +101,13 @@ class Host:
     @classmethod
     def of_this_machine(cls, environ: Mapping[str, str]) -> Host:
         """Look at the machine; CUDA_VISIBLE_DEVICES limits the GPUs as it does for CUDA."""
-        return cls(available_cpus(), count_gpus(environ.get("CUDA_VISIBLE_DEVICES")), runtime.available_providers())
+        return cls(
+            available_cpus(),
+            count_gpus(environ.get("CUDA_VISIBLE_DEVICES")),
+            runtime.available_providers(),
+            curve_cache.processors(),
+            curve_cache.default_directory(environ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +138,25 @@ class PreparedModel:
     """Whether requests of more rows than max_batch_size are taken, and split."""
     sequences: SequenceTensors | None
     """What the server feeds and keeps for a model with sequences."""
+    proof: BatchProof | None
+    """Whether its rows may share batches; None where they do not, and where a batch is not the rows of its requests."""
+    curve: BatchCurve | None
+    """Up to which size batches pay; None where that was not measured."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether requests share batches."""
+        return merges(self.config) and (self.proof is None or self.proof.verdict is not Verdict.UNSAFE)
+
+    @property
+    def notice(self) -> str:
+        """What RepositoryIndex says of the version though it is ready: what it does not do as configured; or ""."""
+        if self.proof is None or self.merges:
+            return ""
+        return (
+            f"dynamic batching is off, each request is its own execution: {self.proof.reason}"
+            " (parameter 'batch_proof' = off has requests merged all the same)"
+        )
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -134,6 +171,7 @@ def prepare(
     (providers, options) for what does not fit the model file or the machine.
     """
     config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=host.has_cuda)
+    wanted_proof, wanted_curve = proof_options(config), batch_curve.curve_options(written)
     path = directory.model_file(version, config.default_model_filename)
     groups = []
     for device, members in _placements(config).items():
@@ -163,6 +201,13 @@ def prepare(
     sequences = None
     if completed.HasField("sequence_batching"):
         sequences = SequenceTensors.of(completed, groups[0].session.signature, directory.path)
+    # What one session shows of the model holds for the others.
+    first = groups[0].session
+    proof = curve = None
+    if merges(completed) and not is_ragged(completed):
+        proof = prove(first, first.signature, completed, wanted_proof, first.providers)
+        if proof.verdict is not Verdict.UNSAFE and proof.rows and wanted_curve.wanted:
+            curve = _curve(path, groups[0], completed, proof, wanted_curve, _curve_cache(settings, host), host)
     return PreparedModel(
         completed,
         tuple(groups),
@@ -171,7 +216,49 @@ def prepare(
         read_slo_ns(completed),
         read_split(completed),
         sequences,
+        proof,
+        curve,
     )
+
+
+def _curve_cache(settings: ModelSettings, host: Host) -> CurveCache:
+    return CurveCache(host.cache_directory if settings.curve_directory is None else settings.curve_directory)
+
+
+def _curve(
+    path: Path,
+    group: DeviceGroup,
+    config: ModelConfig,
+    proof: BatchProof,
+    wanted: CurveOptions,
+    cache: CurveCache,
+    host: Host,
+) -> BatchCurve:
+    """The curve of a model on its first device: the one that is kept, or measured now."""
+    facts: curve_cache.Facts = {}
+    if cache.keeps:
+        facts = {
+            "model": curve_cache.file_digest(path),
+            "max_batch_rows": config.max_batch_size,
+            "outputs": [tensor.name for tensor in config.output],
+            "inputs": {name: [str(array.dtype), *array.shape] for name, array in proof.rows[0].items()},
+            "runtime": runtime.runtime_version(),
+            "providers": [[choice.name, dict(choice.options)] for choice in group.providers.choices],
+            "running": list(group.session.providers),
+            "session": dict(group.options.session),
+            "session_entries": dict(group.options.session_entries),
+            "processors": host.processors,
+        }
+    points = cache.get(facts)
+    if points is None:
+        names = [tensor.name for tensor in config.output]
+        run_clock = batch_curve.run_clock_for(group.session.providers, group.threads)
+        points = batch_curve.measure(group.session, names, proof.rows, config.max_batch_size, run_clock=run_clock)
+        if (
+            points and points[-1].rows == config.max_batch_size
+        ):  # else there was no time, and there may be at another load
+            cache.put(facts, points)
+    return BatchCurve(points, batch_curve.choose_cap(points, config.max_batch_size) if wanted.caps else 0)
 
 
 def _placements(config: ModelConfig) -> dict[int, list[ModelInstanceGroup]]:
@@ -223,7 +310,9 @@ class ModelLoader:
         interface = ModelInterface.of(completed, version, scalars, prepared.labels, buckets)
         if prepared.splits:
             interface = replace(interface, max_request_rows=interface.max_batch_rows * PARTS_MAX)
-        policy = self._queue_policy(completed)
+        policy = self._queue_policy(prepared)
+        if prepared.notice:
+            logger.warning(prepared.notice, extra={"model": completed.name, "version": version})
         run_times = _run_times(prepared)
         queue: BatchQueue[InferRequest] = BatchQueue(policy, run_times=run_times)
         if isinstance(run_times, SloTuner):
@@ -267,6 +356,9 @@ class ModelLoader:
             to_status=self._to_status,
             timer=self._timer,
             properties=_properties(prepared, len(instances)),
+            notice=prepared.notice,
+            curve=prepared.curve,
+            is_tuned=isinstance(run_times, SloTuner),
             common_session=prepared.groups[0].session if lends else None,
         )
 
@@ -317,8 +409,8 @@ class ModelLoader:
             logger.warning(NO_CACHE, extra={"model": config.name, "version": version})
         return self._cache if config.response_cache.enable else None
 
-    def _queue_policy(self, config: ModelConfig) -> QueuePolicy:
-        batching = config.max_batch_size > 0 and config.HasField("dynamic_batching")
+    def _queue_policy(self, prepared: PreparedModel) -> QueuePolicy:
+        config, batching = prepared.config, prepared.merges
         scheduler = config.dynamic_batching
         # The largest size alone is where a batch is cut anyway, so that preferring it says nothing.
         preferred = set(scheduler.preferred_batch_size) - {0}
@@ -326,6 +418,7 @@ class ModelLoader:
             preferred = set()
         return QueuePolicy(
             max_batch_rows=max(1, config.max_batch_size),
+            merge_rows=prepared.curve.cap if prepared.curve is not None else 0,
             batching=batching,
             max_delay_ns=scheduler.max_queue_delay_microseconds * NS_PER_US if batching else 0,
             preferred_batch_rows=tuple(sorted(preferred)) if batching else (),
@@ -340,7 +433,11 @@ def _run_times(prepared: PreparedModel) -> RunTimes:
     instances = sum(group.threads.instances for group in prepared.groups)
     if not prepared.slo_ns:
         return RunTimes(instances)
-    return SloTuner(prepared.slo_ns, max(1, prepared.config.max_batch_size), instances)
+    curve, limit = prepared.curve, max(1, prepared.config.max_batch_size)
+    tuner = SloTuner(prepared.slo_ns, curve.cap or limit if curve is not None else limit, instances)
+    for at in curve.points if curve is not None else ():
+        tuner.record(at.rows, round(at.rows / at.rows_per_s * NS_PER_S), time.monotonic_ns())
+    return tuner
 
 
 def _seams(config: ModelConfig, interface: ModelInterface, buckets: Buckets | None) -> tuple[Encoder, dict[str, Any]]:
@@ -402,6 +499,10 @@ def _properties(prepared: PreparedModel, instances: int) -> dict[str, str]:
         "instances": str(instances),
         "intra_op_threads": str(first.threads.intra_op_threads),
     }
+    if prepared.proof is not None:
+        properties["batch_proof"] = str(prepared.proof)
+    if prepared.curve is not None:
+        properties["batch_curve"] = str(prepared.curve)
     if prepared.fallbacks:
         properties["provider_fallback"] = "; ".join(prepared.fallbacks)
     return properties

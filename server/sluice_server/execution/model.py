@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from sluice_batching import BatchingError, BatchQueue, ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
+    from sluice_server.execution.batch_curve import BatchCurve
     from sluice_server.execution.instance import BatchRunner, Instance, Runnable
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.statistics import ModelStatistics
@@ -40,13 +41,22 @@ class ServedModel(Served):
         *,
         properties: dict[str, str],
         common_session: Runnable | None = None,
+        notice: str = "",
+        curve: BatchCurve | None = None,
+        is_tuned: bool = False,
     ) -> None:
-        """`common_session` is the one that all instances share; None when they are on several devices."""
+        """`common_session` is the one that all instances share; None when they are on several devices. `notice` is
+        what RepositoryIndex says of the version while it is ready, `curve` the rates of its batch sizes, `is_tuned`
+        whether its queue is tuned to an objective.
+        """
         self.config = config
         self.interface = interface
         self.queue = queue
         self.statistics = statistics
         self.properties = properties
+        self.notice = notice
+        self.is_tuned = is_tuned
+        self.batch_rates = () if curve is None else tuple((at.rows, at.rows_per_s) for at in curve.points)
         self._instances = instances
         self._runner = runner
         self._to_status = to_status
@@ -138,6 +148,11 @@ class ServedModel(Served):
     def answers_in_arrays(self) -> bool:
         """Answer the steps of ensembles from now on; whether with arrays."""
         return self._runner.serve_steps(self.interface, arrays=True)
+
+    @property
+    def merge_rows(self) -> int:
+        """Up to how many rows requests are merged now, where that was measured or is tuned; else 0."""
+        return self.queue.merge_rows if self.batch_rates or self.is_tuned else 0
 
     def waiting(self) -> Waiting:
         """What waits in the queue."""

@@ -29,8 +29,17 @@ class Served(ABC):
     interface: ModelInterface
     statistics: ModelStatistics
     properties: dict[str, str]
+    notice: str = ""
+    """What RepositoryIndex says of it while it is ready."""
+    batch_rates: tuple[tuple[int, float], ...] = ()
+    """(rows, rows/s) of the batch sizes that were measured at load."""
     parts: tuple[Served, ...] = ()
     """The versions that it needs for as long as it has requests; none but for an ensemble."""
+
+    @property
+    def merge_rows(self) -> int:
+        """Up to how many rows requests are merged now, where that was measured or is tuned; else 0."""
+        return 0
 
     @abstractmethod
     def start(self) -> None:

@@ -54,6 +54,10 @@ class ModelMetrics:
     queue_rows: int
     queue_bytes: int
     latencies: LatencySnapshot = field(default_factory=LatencySnapshot)
+    merge_rows: int = 0
+    """The most rows that requests are merged to; 0 where no batch sizes were measured."""
+    batch_rates: tuple[tuple[int, float], ...] = ()
+    """The batch sizes that were measured at load, with their rows per second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,16 @@ def _batch_rows(model: ModelMetrics) -> Iterator[Sample]:
     yield Sample(snapshot.execution_count, (*labels, ("le", "+Inf")), "_bucket")
     yield Sample(snapshot.inference_count, labels, "_sum")
     yield Sample(snapshot.execution_count, labels, "_count")
+
+
+def _merge_rows(model: ModelMetrics) -> Iterator[Sample]:
+    if model.merge_rows:
+        yield Sample(model.merge_rows, _labels(model))
+
+
+def _batch_rates(model: ModelMetrics) -> Iterator[Sample]:
+    for rows, rows_per_s in model.batch_rates:
+        yield Sample(round(rows_per_s, 3), (*_labels(model), ("rows", str(rows))))
 
 
 def _rpcs(server: ServerMetrics) -> Iterator[Sample]:
@@ -309,6 +323,18 @@ _MODEL_FAMILIES = (
     ),
     _ModelFamily("sluice_requests_total", "counter", "Requests to the model by how they ended", _outcomes),
     _ModelFamily("sluice_batch_rows", "histogram", "Rows of the batches that were executed", _batch_rows),
+    _ModelFamily(
+        "sluice_batch_cap_rows",
+        "gauge",
+        "Rows that requests are merged to at most, as larger batches were slower when measured at load",
+        _merge_rows,
+    ),
+    _ModelFamily(
+        "sluice_batch_curve_rows_per_second",
+        "gauge",
+        "Rows per second of the model alone in batches of so many rows, as measured at load",
+        _batch_rates,
+    ),
     _ModelFamily("sluice_queue_rows", "gauge", "Rows that wait in the queue", _value(lambda model: model.queue_rows)),
     _ModelFamily(
         "sluice_queue_bytes",

@@ -1,6 +1,7 @@
 """Which model versions are served: loading, swapping, unloading, and what RepositoryIndex says of each.
 
-States of a version: LOADING -> READY -> UNLOADING -> UNAVAILABLE("unloaded"), or LOADING -> UNAVAILABLE(reason).
+States of a version: LOADING -> READY -> UNLOADING -> UNAVAILABLE("unloaded"), or LOADING -> UNAVAILABLE(reason). A
+version that is ready has a reason too when it does not do all that its configuration says: its `notice`.
 A loaded model is replaced by loading the new one beside the old and swapping the two in one assignment; the old one
 then drains, so that no request is lost. When the new one fails, the old one goes on. A version of which nothing has
 changed on disk is kept as it is.
@@ -632,7 +633,10 @@ class ModelManager:
             self._give_up(entry, loaded, failed, replacing=True)
         else:
             fresh = {
-                **{number: _Version(State.READY, "", model, files.get(number)) for number, model in loaded.items()},
+                **{
+                    number: _Version(State.READY, model.notice, model, files.get(number))
+                    for number, model in loaded.items()
+                },
                 **{number: _Version(State.UNAVAILABLE, text) for number, text in failed.items()},
             }
             self._swap(name, entry, kept, fresh)
