@@ -173,25 +173,9 @@ def prepare(
     config = normalize(written, name=directory.name, auto_complete=settings.auto_complete, gpu_available=host.has_cuda)
     wanted_proof, wanted_curve = proof_options(config), batch_curve.curve_options(written)
     path = directory.model_file(version, config.default_model_filename)
-    groups = []
-    for device, members in _placements(config).items():
-        kind, name = members[0].kind, members[0].name
-        providers = choose_providers(
-            config,
-            kind,
-            max(device, 0),
-            host.providers,
-            host.gpus,
-            group=name,
-            allow_fallback=settings.allow_provider_fallback,
-        )
-        limits = tuple(group.rate_limiter for group in members for _ in range(group.count))
-        threads = plan_threads(
-            len(limits), parameter_values(config), host.cpus, model=config.name, on_gpu=providers.on_gpu
-        )
-        options = plan_options(config, threads)
-        session = Session(path, options, providers.choices, allow_fallback=settings.allow_provider_fallback)
-        groups.append(DeviceGroup(device, session, threads, options, providers, limits))
+    groups = [
+        _open_group(path, config, device, members, settings, host) for device, members in _placements(config).items()
+    ]
     completed = complete(
         config,
         groups[0].session.signature,
@@ -219,6 +203,31 @@ def prepare(
         proof,
         curve,
     )
+
+
+def _open_group(
+    path: Path,
+    config: ModelConfig,
+    device: int,
+    members: Sequence[ModelInstanceGroup],
+    settings: ModelSettings,
+    host: Host,
+) -> DeviceGroup:
+    """Open the session of the groups that are on a device."""
+    providers = choose_providers(
+        config,
+        members[0].kind,
+        max(device, 0),
+        host.providers,
+        host.gpus,
+        group=members[0].name,
+        allow_fallback=settings.allow_provider_fallback,
+    )
+    limits = tuple(group.rate_limiter for group in members for _ in range(group.count))
+    threads = plan_threads(len(limits), parameter_values(config), host.cpus, model=config.name, on_gpu=providers.on_gpu)
+    options = plan_options(config, threads)
+    session = Session(path, options, providers.choices, allow_fallback=settings.allow_provider_fallback)
+    return DeviceGroup(device, session, threads, options, providers, limits)
 
 
 def _curve_cache(settings: ModelSettings, host: Host) -> CurveCache:
@@ -306,38 +315,18 @@ class ModelLoader:
         prepared = prepare(directory, version, config, self._settings, self._host)
         completed = prepared.config
         scalars = scalar_tensors(completed, prepared.groups[0].session.signature)
-        buckets = prepared.buckets
-        interface = ModelInterface.of(completed, version, scalars, prepared.labels, buckets)
+        interface = ModelInterface.of(completed, version, scalars, prepared.labels, prepared.buckets)
         if prepared.splits:
             interface = replace(interface, max_request_rows=interface.max_batch_rows * PARTS_MAX)
-        policy = self._queue_policy(prepared)
         if prepared.notice:
             logger.warning(prepared.notice, extra={"model": completed.name, "version": version})
-        run_times = _run_times(prepared)
-        queue: BatchQueue[InferRequest] = BatchQueue(policy, run_times=run_times)
-        if isinstance(run_times, SloTuner):
-            run_times.steer(queue.tune)
         cache = self._cache_for(completed, version)
         latencies = None if self._latencies is None else Latencies(self._latencies)
         statistics = ModelStatistics(latencies=latencies, caches=cache is not None)
-        encoder, seams = _seams(completed, interface, buckets)
-        seams["run_times"] = run_times
-        make_model: Callable[..., ServedModel] = SplittingModel if prepared.splits else ServedModel
-        runner: BatchRunner
-        if prepared.sequences is not None:
-            make_model = SequenceModel
-            sequences: SequenceQueue[InferRequest] = SequenceQueue(
-                _sequence_policy(completed, policy), run_times=run_times
-            )
-            queue, tensors, finish = sequences, prepared.sequences, sequences.finish
-            runner = SequenceRunner(encoder, statistics, self._to_status, tensors, finish, **seams)
-        elif cache is None:
-            make_runner = SplittingRunner if prepared.splits else BatchRunner
-            runner = make_runner(encoder, statistics, self._to_status, **seams)
-        else:
-            make_model = CachedModel
-            model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
-            runner = CachingRunner(encoder, statistics, self._to_status, model_cache, **seams)
+        run_times = _run_times(prepared)
+        make_model, queue, runner = self._scheduling(prepared, interface, statistics, run_times, cache)
+        if isinstance(run_times, SloTuner):
+            run_times.steer(queue.tune)
         instances = [
             self._instance(f"{completed.name}-{number}", queue, group, number, runner)
             for group in prepared.groups
@@ -361,6 +350,32 @@ class ModelLoader:
             is_tuned=isinstance(run_times, SloTuner),
             common_session=prepared.groups[0].session if lends else None,
         )
+
+    def _scheduling(
+        self,
+        prepared: PreparedModel,
+        interface: ModelInterface,
+        statistics: ModelStatistics,
+        run_times: RunTimes,
+        cache: ResponseCache | None,
+    ) -> tuple[Callable[..., ServedModel], BatchQueue[InferRequest], BatchRunner]:
+        """What a version is made as, its queue, and what runs its batches."""
+        policy, config = self._queue_policy(prepared), prepared.config
+        encoder, seams = _seams(config, interface, prepared.buckets)
+        seams["run_times"] = run_times
+        if prepared.sequences is not None:
+            sequences: SequenceQueue[InferRequest] = SequenceQueue(
+                _sequence_policy(config, policy), run_times=run_times
+            )
+            runner = SequenceRunner(encoder, statistics, self._to_status, prepared.sequences, sequences.finish, **seams)
+            return SequenceModel, sequences, runner
+        queue: BatchQueue[InferRequest] = BatchQueue(policy, run_times=run_times)
+        if cache is not None:
+            model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
+            return CachedModel, queue, CachingRunner(encoder, statistics, self._to_status, model_cache, **seams)
+        if prepared.splits:
+            return SplittingModel, queue, SplittingRunner(encoder, statistics, self._to_status, **seams)
+        return ServedModel, queue, BatchRunner(encoder, statistics, self._to_status, **seams)
 
     def _instance(
         self, name: str, queue: BatchQueue[InferRequest], group: DeviceGroup, number: int, runner: BatchRunner
