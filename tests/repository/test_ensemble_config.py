@@ -44,6 +44,7 @@ def test_the_reported_configuration_has_neither_instances_nor_optimization() -> 
         ('default_model_filename: "model.onnx"', "default_model_filename"),
         ('backend: "onnxruntime"', "backend"),
         ("response_cache { enable: true }", "response_cache.enable"),
+        ('parameters { key: "slo_p99_ms" value { string_value: "5" } }', 'parameters["slo_p99_ms"]'),
     ],
 )
 def test_what_an_ensemble_cannot_have_is_refused_by_name(more: str, field: str) -> None:

@@ -178,9 +178,40 @@ def test_inputs_of_different_lengths_are_refused_and_nobody_else_is_harmed(serve
     assert_equal(answer_arrays(server.infer(request("attention", words(5)))), alone(server, words(5)))
 
 
-def test_an_output_that_is_not_as_declared_fails_and_says_so(start_server, repository):
+def state_of(server, name: str) -> tuple[str, str]:
+    (found,) = [
+        each for each in server.call("RepositoryIndex", pb.RepositoryIndexRequest()).models if each.name == name
+    ]
+    return found.state, found.reason
+
+
+def test_a_model_that_looks_at_padding_is_served_without_it_and_says_so(start_server, repository):
+    add(repository, "alone")
+    # Without the mask among the axes, the words of the padding are seen.
+    unmasked = SEQUENCE | {"axes": {"IDS": 0, "MASK": 0, "EACH": 0}, "mask": None}
+    add(repository, more=buckets({"sequence": unmasked | {"pad": {"IDS": 31, "MASK": 1}}}))
+    server = start_server(repository, http=None, metrics=None)
+    state, reason = state_of(server, "attention")
+    assert state == "READY"
+    assert "shape_buckets are off, requests share a batch where their shapes are equal: a padded row gives" in reason
+    assert state_of(server, "alone") == ("READY", "")
+    ids = words(5)
+    assert_equal(answer_arrays(server.infer(request("attention", ids, np.ones_like(ids)))), alone(server, ids))
+
+
+def test_an_output_that_is_not_as_declared_is_seen_at_load(start_server, repository):
     shapes = {"width": {"sizes": [4], "axes": {"X": 0, "Y": 0}}}
     models.write_model(repository, "twice", models.twice(), max_batch_size=4, more=buckets(shapes))
+    server = start_server(repository, http=None, metrics=None)
+    assert "rows of two lengths run alone, and padded they fail: output 'Y' came out" in state_of(server, "twice")[1]
+    answer = answer_arrays(server.infer(infer_request("twice", {"X": np.ones((1, 3), np.float32)})))
+    assert answer["Y"].shape == (1, 6)
+
+
+def test_an_output_that_is_not_as_declared_fails_and_says_so_where_nothing_was_tried(start_server, repository):
+    shapes = {"width": {"sizes": [4], "axes": {"X": 0, "Y": 0}}}
+    untried = 'parameters { key: "batch_proof" value { string_value: "off" } }'
+    models.write_model(repository, "twice", models.twice(), max_batch_size=4, more=buckets(shapes) + untried)
     server = start_server(repository, http=None, metrics=None)
     code, text = server.refusal("ModelInfer", infer_request("twice", {"X": np.ones((1, 3), np.float32)}))
     assert code is grpc.StatusCode.INTERNAL

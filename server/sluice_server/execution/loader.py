@@ -17,6 +17,7 @@ from sluice_server.execution import batch_curve, curve_cache, runtime
 from sluice_server.execution.batch_curve import BatchCurve, CurveOptions
 from sluice_server.execution.batch_proof import Verdict, merges, proof_options, prove
 from sluice_server.execution.bucket_options import read_buckets
+from sluice_server.execution.bucket_proof import padding_problem
 from sluice_server.execution.buckets import PaddedEncoder, gatherer
 from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.curve_cache import CurveCache
@@ -142,6 +143,8 @@ class PreparedModel:
     """Whether its rows may share batches; None where they do not, and where a batch is not the rows of its requests."""
     curve: BatchCurve | None
     """Up to which size batches pay; None where that was not measured."""
+    padding: str
+    """Why its inputs are not padded although it has shape buckets; empty for no reason."""
 
     @property
     def merges(self) -> bool:
@@ -151,6 +154,8 @@ class PreparedModel:
     @property
     def notice(self) -> str:
         """What RepositoryIndex says of the version though it is ready: what it does not do as configured; or ""."""
+        if self.padding:
+            return f"shape_buckets are off, requests share a batch where their shapes are equal: {self.padding}"
         if self.proof is None or self.merges:
             return ""
         return (
@@ -192,16 +197,21 @@ def prepare(
         proof = prove(first, first.signature, completed, wanted_proof, first.providers)
         if proof.verdict is not Verdict.UNSAFE and proof.rows and wanted_curve.wanted:
             curve = _curve(path, groups[0], completed, proof, wanted_curve, _curve_cache(settings, host), host)
+    labels, buckets, padding = read_labels(completed, directory.path), read_buckets(completed), ""
+    if buckets is not None and proof is not None:
+        interface = ModelInterface.of(completed, version, buckets=buckets)
+        padding = padding_problem(first, interface, buckets, proof, wanted_proof)
     return PreparedModel(
         completed,
         tuple(groups),
-        read_labels(completed, directory.path),
-        read_buckets(completed),
+        labels,
+        None if padding else buckets,
         read_slo_ns(completed),
         read_split(completed),
         sequences,
         proof,
         curve,
+        padding,
     )
 
 

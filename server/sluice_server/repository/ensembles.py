@@ -55,6 +55,18 @@ def graph_of(config: ModelConfig) -> Graph:
     return Graph(steps, [item.name for item in config.input], [item.name for item in config.output])
 
 
+_PARAMETERS_OF_MODELS = (
+    "slo_p99_ms",
+    "shape_buckets",
+    "batch_buckets",
+    "split_requests",
+    "batch_proof",
+    "batch_proof_tolerance",
+    "batch_curve",
+)
+"""Ours, which say how requests are queued and merged."""
+
+
 def check_ensemble(config: ModelConfig, model: str) -> None:
     """Check what is written, apart from what every model has; raises ConfigError with the field that breaks a rule."""
     if config.platform not in ("", PLATFORM):
@@ -66,6 +78,10 @@ def check_ensemble(config: ModelConfig, model: str) -> None:
         has_it = getattr(config, field) if field != "optimization" else config.HasField("optimization")
         if has_it:
             raise _config_error(model, field, "should not be specified for an ensemble: its steps' models have it")
+    for key in _PARAMETERS_OF_MODELS:
+        if key in config.parameters:
+            what = "should not be specified for an ensemble: its steps' models have it"
+            raise _config_error(model, f'parameters["{key}"]', what)
     for kind in ("input", "output"):
         if not getattr(config, kind):
             raise _config_error(model, kind, "is missing: an ensemble has no model file that says its tensors")
