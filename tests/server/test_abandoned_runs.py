@@ -44,7 +44,8 @@ def wait_until_idle(server) -> None:
 @pytest.fixture
 def serve(start_server, repository):
     def start(iterations: int, **how):
-        models.write_model(repository, "slow", models.slow(iterations), max_batch_size=4, **how)
+        more = 'parameters { key: "batch_proof" value { string_value: "off" } }' + how.pop("more", "")
+        models.write_model(repository, "slow", models.slow(iterations), max_batch_size=4, more=more, **how)
         return start_server(repository, http=None, metrics=None)
 
     return start

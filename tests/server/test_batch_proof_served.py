@@ -100,3 +100,10 @@ def test_a_value_that_there_is_not_keeps_the_model_from_loading(repository, star
     entry = index_entry(server)
     expected = "Invalid argument: model 'm': parameter 'batch_proof' is 'maybe', expected one of on, off"
     assert (entry.state, entry.reason) == ("UNAVAILABLE", expected)
+
+
+def test_a_run_without_an_end_does_not_hold_up_the_load(start_server, repository):
+    models.write_model(repository, "endless", models.slow(2_000_000_000), max_batch_size=4)
+    server = start_server(repository, http=None, metrics=None)
+    (found,) = server.call("RepositoryIndex", pb.RepositoryIndexRequest()).models
+    assert (found.state, found.reason) == ("READY", "")

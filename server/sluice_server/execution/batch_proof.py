@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import enum
 import math
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from sluice_server.errors import SluiceError
 from sluice_server.execution.parameters import BadOption, parameter_values, read_choice
 from sluice_server.execution.probes import made_up_rows
 from sluice_server.execution.providers import CPU, TENSORRT
+from sluice_server.execution.run_watch import HasStoppable
 from sluice_server.graph import format_shape
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ UNSTEADY_FACTOR = 4
 normalisation in training mode is no noise: ONNX Runtime keeps what it learns from run to run, a tenth each."""
 
 BUDGET_NS = 2_000_000_000
-"""What the runs of a proof may take, as each load waits for it; only a single run may take longer."""
+"""What the runs of a proof may take, as each load waits for it; the last one may take as long again, and is ended."""
 
 TOLERANCE = 1e-3
 """For FP32 and FP64 on the CPU: models that keep their rows apart were seen to differ by 1.2e-7 of their values."""
@@ -156,7 +158,9 @@ class _Trial:
     """The runs of one proof, within its budget."""
 
     def __init__(self, session: Runnable, outputs: Comparison, clock: Callable[[], int]) -> None:
-        self._session = session
+        # A view of its own, whose runs can be ended, where there are such.
+        self._stoppable = session.stoppable() if isinstance(session, HasStoppable) else None
+        self._session = session if self._stoppable is None else self._stoppable
         self._outputs = outputs
         self._clock = clock
 
@@ -260,7 +264,17 @@ class _Trial:
         return merged, self._outputs.misshapen(merged, len(rows)) or self._outputs.reshaped(merged, alone)
 
     def _run(self, feeds: Row) -> list[Array]:
-        return self._session.run(self._outputs.names, dict(feeds))
+        """Run for so long as a whole proof may take: a load does not wait for a run that never ends."""
+        if self._stoppable is None:
+            return self._session.run(self._outputs.names, dict(feeds))
+        timer = threading.Timer(BUDGET_NS / 1e9, self._stoppable.stop)
+        timer.start()
+        try:
+            return self._session.run(self._outputs.names, dict(feeds))
+        finally:
+            timer.cancel()
+            timer.join()
+            self._stoppable.resume()
 
 
 def _concatenated(alone: Sequence[Sequence[Array]]) -> list[Array]:
