@@ -502,7 +502,7 @@ def test_a_traced_request_has_the_times_of_the_ensemble(start_server, repository
     )
     assert value_of(server.infer(lookup(3))) == 60
     assert server.refusal("ModelInfer", lookup(77))[0] is grpc.StatusCode.INTERNAL
-    server.server._traces.close()
+    server.close()
     told = json.loads(file.read_text())
     assert {entry["model_name"] for entry in told if "model_name" in entry} == {"lookup"}
     names = [stamp["name"] for entry in told for stamp in entry.get("timestamps", ())]

@@ -89,9 +89,10 @@ def test_what_is_still_running_when_the_exit_timeout_is_over_does_not_hold_the_e
         assert process.wait() == 0
         assert seconds_since(begun_s) < PATIENCE_S
         warnings = [record for record in process.records if record["level"] != "INFO"]
-        assert [(record["message"], record["model"]) for record in warnings] == [
-            ("requests were still running when time was up", "ever")
-        ]
+        told = [(record["message"], record["model"]) for record in warnings]
+        # The native transport tells of calls that it ends, and a run whose clients have all been told is ended too.
+        still_running = [("requests were still running when time was up", "ever")]
+        assert told == ([] if transport == TransportChoice.NATIVE else still_running)
         assert process.records[-1]["all_answered"] is False
 
 

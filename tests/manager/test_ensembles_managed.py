@@ -276,7 +276,7 @@ def test_a_broken_part_at_start_is_loaded_once_and_fails_its_ensemble(make_world
     write(world.root, "a")
     write_chain(world.root, "B", "a", "z")
     assert world.start() == ["B", "z"]
-    assert loader.loads == [("a", 1), ("z", 1)]
+    assert sorted(loader.loads) == [("a", 1), ("z", 1)]
     assert world.index("B") == gone("z", "Internal: onnx runtime error 7: broken", "B")
     assert world.index("a") == READY
 
