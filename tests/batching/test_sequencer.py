@@ -4,6 +4,7 @@ import pytest
 
 from sluice_batching import (
     NO_DEADLINE,
+    DeadlineExpired,
     Draining,
     QueueFull,
     QueuePolicy,
@@ -278,3 +279,18 @@ def test_deadlines_of_requests_that_have_left_are_forgotten() -> None:
 def test_a_policy_that_means_nothing_is_refused(changes: dict[str, int], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         SequencePolicy(**{"queue": QueuePolicy(), "max_idle_ns": 1, "groups": 1, **changes})  # type: ignore[arg-type]
+
+
+def test_a_request_whose_time_is_over_is_refused_and_begins_nothing() -> None:
+    core = sequencer()
+    refused = core.try_offer(request("a", "s", deadline_ns=5), 5)
+    assert isinstance(refused, DeadlineExpired)
+    assert (refused.deadline_ns, refused.now_ns, core.live) == (5, 5, 0)
+
+
+def test_what_waits_is_counted_and_a_deadline_before_the_delay_is_a_reason_to_wake() -> None:
+    core = oldest(delay_ns=100)
+    offer(core, 0, request("a", "s", deadline_ns=7))
+    assert (core.rows, core.size_bytes, len(core)) == (1, 1, 1)
+    assert core.next_wakeup_ns() == 7
+    assert [len(each) for each in core.take(7)] == [0, 1]
