@@ -12,9 +12,9 @@ What `queue.py` says holds here too, but for this:
 These are Triton's rules for `priority_levels` and `ModelQueuePolicy`.
 """
 
-import heapq
 from typing import Final
 
+from sluice_batching import deadlines
 from sluice_batching.errors import BatchingError, QueueFull
 from sluice_batching.policy import Priorities, QueuePolicy
 from sluice_batching.queue import HORIZON_NS, Group, Queue, R
@@ -60,24 +60,19 @@ class PriorityQueue(Queue[R]):
         self._counts[level] = count + 1
         if timeout_ns and policy.delays:
             # Among the deadlines; what tells it from one is that the request's own is later.
-            heapq.heappush(self._deadlines, (now_ns + timeout_ns, request.queue_order))
+            deadlines.add(self._deadlines, now_ns + timeout_ns, request.queue_order)
         return None
 
     def expire(self, now_ns: int) -> list[R]:
         """As `Queue.expire`; requests that have waited for a timeout which delays go behind the others."""
         expired: list[R] = []
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][0] <= now_ns:
-            instant_ns, order = heapq.heappop(deadlines)
-            request = self._waiting.get(order)
-            if request is None:
-                continue
+        for instant_ns, request in deadlines.pop_due(self._deadlines, self._waiting, now_ns):
             if instant_ns >= request.deadline_ns:
                 self._remove(request)
                 expired.append(request)
             elif request.deadline_ns > now_ns and not self._draining and not self._delay(request, now_ns):
                 expired.append(request)
-        self._drop_stale_deadlines()
+        deadlines.drop_stale(self._deadlines, self._waiting)
         return expired
 
     def _delay(self, request: R, now_ns: int) -> bool:

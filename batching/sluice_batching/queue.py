@@ -46,14 +46,13 @@ others adds a search among all that do (`overtaking.py`). With a delay, a take m
 the first rows of its group. How long runs take is asked for those requests only whose deadline is near.
 """
 
-import heapq
 import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from sluice_batching import lateness, overtaking
+from sluice_batching import deadlines, lateness, overtaking
 from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, QueueFull, RequestTooLarge, TooLate
 from sluice_batching.policy import QueuePolicy
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
@@ -64,10 +63,6 @@ HORIZON_NS: Final = 1_000_000_000
 and short enough for the others."""
 
 R = TypeVar("R", bound=Request)
-
-STALE_DEADLINES_KEPT: Final = 64
-"""Heap entries of requests that have left are dropped when they outnumber the waiting requests by this: a short queue
-then pays for a clean-up once in 64 requests, not on each."""
 
 
 class Taken(NamedTuple, Generic[R]):
@@ -138,11 +133,8 @@ class Queue(Generic[R]):
         self._policy = policy
         self._run_times = run_times or RunTimes()
         self._preferred = frozenset(policy.preferred_batch_rows)
-        self._merge_rows = policy.most_merged_rows
-        self._full_rows = min(max(policy.preferred_batch_rows, default=policy.max_batch_rows), self._merge_rows)
         self._waits = policy.max_delay_ns > 0
         self._batching = policy.batching
-        self._max_rows = policy.max_queue_rows or sys.maxsize
         self._max_bytes = policy.max_queue_bytes or sys.maxsize
         self._draining = False
         self._next_order = 0
@@ -159,8 +151,8 @@ class Queue(Generic[R]):
         self._due_after = HORIZON_NS if policy.deadline_first else 0
         # The groups that are due by their size; kept only while the policy waits.
         self._ready: set[Group[R]] = set()
-        # (deadline_ns, order) of those with a deadline; entries of requests that have left are dropped lazily.
-        self._deadlines: list[tuple[int, int]] = []
+        self._deadlines: deadlines.Deadlines = []
+        self.tune(policy.most_merged_rows, sys.maxsize)
 
     @property
     def policy(self) -> QueuePolicy:
@@ -246,7 +238,7 @@ class Queue(Generic[R]):
         self._rows += rows
         self._size_bytes += request.size_bytes
         if deadline_ns != NO_DEADLINE:
-            heapq.heappush(self._deadlines, (deadline_ns, order))
+            deadlines.add(self._deadlines, deadline_ns, order)
         if rank < self._last_rank:
             self._overtake(group, request)
             return
@@ -322,7 +314,7 @@ class Queue(Generic[R]):
             batch, late = self._in_time(group, length, now_ns)
             for request in (*late, *batch):
                 self._remove(request)
-            self._drop_stale_deadlines()
+            deadlines.drop_stale(self._deadlines, self._waiting)
             expired += late
             if batch:
                 return Taken(batch, expired)
@@ -360,14 +352,11 @@ class Queue(Generic[R]):
     def expire(self, now_ns: int) -> list[R]:
         """The requests whose deadline has come, earliest first; they leave the queue."""
         expired: list[R] = []
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][0] <= now_ns:
-            request = self._waiting.get(heapq.heappop(deadlines)[1])
-            if request is not None:
-                self._remove(request)
-                expired.append(request)
+        for _, request in deadlines.pop_due(self._deadlines, self._waiting, now_ns):
+            self._remove(request)
+            expired.append(request)
         if expired:
-            self._drop_stale_deadlines()
+            deadlines.drop_stale(self._deadlines, self._waiting)
         return expired
 
     def cancel(self, request: R) -> bool:
@@ -375,7 +364,7 @@ class Queue(Generic[R]):
         if self._waiting.get(request.queue_order) is not request:
             return False
         self._remove(request)
-        self._drop_stale_deadlines()
+        deadlines.drop_stale(self._deadlines, self._waiting)
         return True
 
     def drain(self) -> None:
@@ -396,10 +385,7 @@ class Queue(Generic[R]):
 
     def next_deadline_ns(self) -> int | None:
         """The earliest deadline of the waiting requests; None = none of them has one."""
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][1] not in self._waiting:
-            heapq.heappop(deadlines)
-        return deadlines[0][0] if deadlines else None
+        return deadlines.first_ns(self._deadlines, self._waiting)
 
     def _batch_length(self, group: Group[R], overdue: bool) -> int:
         """How many requests of the group, from its first on, are the next batch."""
@@ -433,7 +419,7 @@ class Queue(Generic[R]):
                 overtaking.discard(self._overtaking, request)
                 overtaking.discard(group.overtaking, request)
         self._left(group, rows, size_bytes)
-        self._drop_stale_deadlines()
+        deadlines.drop_stale(self._deadlines, self._waiting)
         return batch
 
     def _remove_all(self) -> list[R]:
@@ -486,9 +472,3 @@ class Queue(Generic[R]):
             if rows in self._preferred:
                 return True
         return False
-
-    def _drop_stale_deadlines(self) -> None:
-        """Keep the heap proportional to what waits; each clean-up pays for at least as many entries as it leaves."""
-        if len(self._deadlines) > 2 * len(self._waiting) + STALE_DEADLINES_KEPT:
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._waiting]
-            heapq.heapify(self._deadlines)

@@ -26,9 +26,14 @@ KNOWN_FOR_NS: Final = 1_000_000_000
 
 KNOWN_FOR_RUNS: Final = 8
 
-
 DANGER_RUNS: Final = 64
 """Over so many runs a long one is forgotten as a sign of danger."""
+
+
+def smallest_of_class(rows: int) -> int:
+    """The smallest size of the class of a batch: its three highest bits."""
+    shift = max(0, rows.bit_length() - 3)
+    return rows >> shift << shift
 
 
 class _SizeClass:
@@ -109,8 +114,7 @@ class RunTimes:
         return round(rows * row_ns / self._instances)
 
     def _class_of(self, rows: int) -> _SizeClass:
-        shift = max(0, rows.bit_length() - 3)
-        smallest = rows >> shift << shift
+        smallest = smallest_of_class(rows)
         for size in self._classes:
             if size.rows == smallest:
                 return size

@@ -43,8 +43,9 @@ import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Final, Generic
+from typing import TYPE_CHECKING, Generic
 
+from sluice_batching import deadlines
 from sluice_batching.errors import (
     BatchingError,
     DeadlineExpired,
@@ -59,9 +60,6 @@ from sluice_batching.request import NO_DEADLINE, SequenceId
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-STALE_DEADLINES_KEPT: Final = 64
-"""Heap entries of requests that have left are dropped when they outnumber the waiting requests by this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +182,7 @@ class Sequencer(Generic[R]):
         # Low rows first, so that sequences spread over the groups and batches stay narrow.
         rows = policy.queue.max_batch_rows if policy.groups else policy.max_candidates
         self._free = [(row, group.number) for row in range(rows) for group in self._groups]
-        # (deadline_ns, order) of those with a deadline; entries of requests that have left are dropped lazily.
-        self._deadlines: list[tuple[int, int]] = []
+        self._deadlines: deadlines.Deadlines = []
 
     @property
     def policy(self) -> QueuePolicy:
@@ -262,7 +259,7 @@ class Sequencer(Generic[R]):
         self._waiting[order] = sequence.waiting[order] = request
         self._size_bytes += request.size_bytes
         if request.deadline_ns != NO_DEADLINE:
-            heapq.heappush(self._deadlines, (request.deadline_ns, order))
+            deadlines.add(self._deadlines, request.deadline_ns, order)
         self._idle.pop(sequence.sequence_id, None)
         if sequence.group is not None and sequence.running is None:
             sequence.group.ready[sequence.sequence_id] = sequence
@@ -304,7 +301,7 @@ class Sequencer(Generic[R]):
             batch.append(request)
         if self._policy.groups:
             batch.sort(key=_row_of)
-        self._drop_stale_deadlines()
+        deadlines.drop_stale(self._deadlines, self._waiting)
         return Taken(batch, expired)
 
     def finish(self, requests: Iterable[R], now_ns: int) -> None:
@@ -323,11 +320,9 @@ class Sequencer(Generic[R]):
         """The requests whose deadline has come, earliest first; they leave. Sequences that are idle too long end."""
         self._end_idle(now_ns)
         expired: list[R] = []
-        while self._deadlines and self._deadlines[0][0] <= now_ns:
-            request = self._waiting.get(heapq.heappop(self._deadlines)[1])
-            if request is not None:
-                self._drop(request)
-                expired.append(request)
+        for _, request in deadlines.pop_due(self._deadlines, self._waiting, now_ns):
+            self._drop(request)
+            expired.append(request)
         return expired
 
     def cancel(self, request: R) -> bool:
@@ -335,7 +330,7 @@ class Sequencer(Generic[R]):
         if self._waiting.get(request.queue_order) is not request:
             return False
         self._drop(request)
-        self._drop_stale_deadlines()
+        deadlines.drop_stale(self._deadlines, self._waiting)
         return True
 
     def drain(self) -> None:
@@ -352,7 +347,7 @@ class Sequencer(Generic[R]):
         due = self._first_due()
         if due is not None:
             wakeups_ns.append(due[0])
-        if self._waiting and (deadline_ns := self._next_request_deadline_ns()) is not None:
+        if self._waiting and (deadline_ns := deadlines.first_ns(self._deadlines, self._waiting)) is not None:
             wakeups_ns.append(deadline_ns)
         if self._backlog and self._idle:
             wakeups_ns.append(self._next_idle_end_ns())
@@ -360,7 +355,7 @@ class Sequencer(Generic[R]):
 
     def next_deadline_ns(self) -> int | None:
         """From when on `expire` has something to do: a deadline, or a sequence that has been idle for too long."""
-        deadline_ns = self._next_request_deadline_ns()
+        deadline_ns = deadlines.first_ns(self._deadlines, self._waiting)
         if not self._idle:
             return deadline_ns
         idle_end_ns = self._next_idle_end_ns()
@@ -368,12 +363,6 @@ class Sequencer(Generic[R]):
 
     def _next_idle_end_ns(self) -> int:
         return next(iter(self._idle.values())).idle_since_ns + self._policy.max_idle_ns
-
-    def _next_request_deadline_ns(self) -> int | None:
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][1] not in self._waiting:
-            heapq.heappop(deadlines)
-        return deadlines[0][0] if deadlines else None
 
     def _first_due(self) -> tuple[int, _Group[R], list[LiveSequence[R]]] | None:
         """What is due first of all that is ready: when, and the sequences whose requests have one key."""
@@ -450,12 +439,6 @@ class Sequencer(Generic[R]):
             sequence.row, number = heapq.heappop(self._free)
             sequence.group = self._groups[number]
             sequence.group.ready[sequence.sequence_id] = sequence
-
-    def _drop_stale_deadlines(self) -> None:
-        """Keep the heap proportional to what waits; each clean-up pays for at least as many entries as it leaves."""
-        if len(self._deadlines) > 2 * len(self._waiting) + STALE_DEADLINES_KEPT:
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._waiting]
-            heapq.heapify(self._deadlines)
 
 
 def _head(sequence: LiveSequence[R]) -> R:

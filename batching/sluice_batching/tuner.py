@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from sluice_batching.run_times import RunTimes
+from sluice_batching.run_times import RunTimes, smallest_of_class
 
 HEADROOM_NS: Final = 1_000_000
 """What is kept of an objective for decoding, encoding and the network, which are not measured here."""
@@ -108,8 +108,7 @@ class SloTuner(RunTimes):
     def record(self, rows: int, run_ns: int, now_ns: int) -> None:
         """As the base does; every few runs decide anew."""
         super().record(rows, run_ns, now_ns)
-        shift = max(0, rows.bit_length() - 3)
-        smallest = rows >> shift << shift
+        smallest = smallest_of_class(rows)
         window = self._windows.get(smallest)
         if window is None:
             # A new table, so that who reads the old one meets no gap.
