@@ -17,7 +17,7 @@ from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_server.execution.bucket_options import read_buckets
 from sluice_server.execution.parameters import BadOption
 from support import models
-from support.fakes import eventually, held
+from support.fakes import run_together
 from support.requests import answer_arrays, infer_request
 
 if TYPE_CHECKING:
@@ -71,18 +71,8 @@ def alone(server, ids: np.ndarray, mask: np.ndarray | None = None) -> dict[str, 
 
 def together(server, model: str, requests: list[pb.ModelInferRequest]) -> tuple[list[dict[str, np.ndarray]], list]:
     """The answers to requests that wait while another one runs, and the feeds of the runs that they share."""
-    served = server.model(model)
-    with held(served) as session:
-        first = server.begin("ModelInfer", request(model, words(2)))
-        session.wait_for_runs(1)
-        calls = []
-        for each in requests:
-            calls.append(server.begin("ModelInfer", each))
-            eventually(lambda: len(served.queue) == len(calls), "it waits")
-        session.release()
-        first.result()
-        answers = [answer_arrays(call.result()) for call in calls]
-    return answers, session.runs[1:]
+    calls, runs = run_together(server, model, request(model, words(2)), requests)
+    return [answer_arrays(call.result()) for call in calls], runs
 
 
 def assert_equal(answer: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

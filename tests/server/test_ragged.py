@@ -20,7 +20,7 @@ from sluice_server.execution.ragged import MadeInput
 from sluice_server.observability.trace_control import TraceConfig
 from sluice_server.observability.trace_sampling import TraceOptions
 from support import models
-from support.fakes import eventually, held
+from support.fakes import run_together
 from support.requests import answer_arrays, infer_request
 from support.shared_memory import Object, put_into_region
 
@@ -74,19 +74,7 @@ def assert_answered(answer: dict[str, np.ndarray], x: np.ndarray, index: int = 1
 
 def together(server, requests: list[pb.ModelInferRequest]) -> tuple[list, list[dict[str, np.ndarray]]]:
     """Calls that wait while another one runs, and the feeds of the runs that they share, once those are over."""
-    served = server.model("ragged")
-    with held(served) as session:
-        first = server.begin("ModelInfer", request(numbers(1, 1, 1)))
-        session.wait_for_runs(1)
-        calls = []
-        for each in requests:
-            calls.append(server.begin("ModelInfer", each))
-            eventually(lambda: len(served.queue) == len(calls), "it waits")
-        session.release()
-        first.result()
-        for call in calls:
-            call.exception()
-    return calls, session.runs[1:]
+    return run_together(server, "ragged", request(numbers(1, 1, 1)), requests)
 
 
 def test_requests_of_any_shapes_share_a_run_in_which_the_ragged_input_is_flat(server):

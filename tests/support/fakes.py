@@ -25,6 +25,8 @@ from sluice_server.transport.call import Call, Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import grpc
+    from google.protobuf.message import Message
     from typing_extensions import Buffer
 
     from sluice_batching import ExpiryTimer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from sluice_server.execution.request import InferRequest
     from sluice_server.execution.response_cache import ResponseCache
     from sluice_server.transport.call import Metadata
+    from support.server import RunningServer
 
 PATIENCE_S = 20.0
 """Longer than anything here takes on a loaded machine; past it the test has failed."""
@@ -230,3 +233,22 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < until, f"did not happen: {what}"
         threading.Event().wait(POLL_S)
+
+
+def run_together(
+    server: RunningServer, model: str, first: Message, requests: Sequence[Message]
+) -> tuple[list[grpc.Future], list[dict[str, np.ndarray]]]:
+    """Calls that wait while `first` runs, and the feeds of the runs that they share, once those are over."""
+    served = server.model(model)
+    with held(served) as session:
+        running = server.begin("ModelInfer", first)
+        session.wait_for_runs(1)
+        calls: list[grpc.Future] = []
+        for each in requests:
+            calls.append(server.begin("ModelInfer", each))
+            eventually(lambda: len(served.queue) == len(calls), "it waits")
+        session.release()
+        running.result()
+        for call in calls:
+            call.exception()
+    return calls, session.runs[1:]

@@ -27,8 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sluice_server.errors import Internal, InvalidArgument
-from sluice_server.execution import shared_memory
-from sluice_server.execution.instance import check_rows
+from sluice_server.execution.instance import check_rows, gather_rows
 from sluice_server.graph import format_shape
 from sluice_server.protocol.encode import CuttingEncoder
 
@@ -122,9 +121,7 @@ class _Gatherer:
 
     def _inputs(self, request: InferRequest) -> Mapping[str, np.ndarray]:
         """A request's arrays, with what it has in shared memory and the masks that it leaves out."""
-        arrays = request.arrays
-        if request.shared is not None:
-            arrays = arrays | {name: shared_memory.gather(name, [request.shared]) for name in request.shared.inputs}
+        arrays = gather_rows([request])
         for name in self._mask_types:
             if name not in arrays:
                 bucket = next(bucket for bucket in self._buckets.shapes if bucket.mask == name)
@@ -167,7 +164,7 @@ class PaddedEncoder(CuttingEncoder):
             own = [array[start:stop] for array in arrays]
             start = stop
             for place, axis, bucket in axes:
-                length = _length(bucket, request.arrays if request.shared is None else _shapes_of(request))
+                length = _length(bucket, request.inputs)
                 own[place] = own[place][(slice(None),) * axis + (slice(length),)]
             cut.append(own)
         return cut
@@ -178,7 +175,7 @@ class PaddedEncoder(CuttingEncoder):
         """What is to be cut: (number of the output, its dimension with rows, bucket); one request speaks for all."""
         axes = []
         for bucket in self._buckets.shapes:
-            padded = bucket.padded(_length(bucket, _shapes_of(request)))
+            padded = bucket.padded(_length(bucket, request.inputs))
             for place, name in enumerate(names):
                 axis = bucket.output_axes.get(name)
                 if axis is None:
@@ -200,11 +197,6 @@ def _length(bucket: Bucket, arrays: Mapping[str, Any]) -> int:
             length: int = arrays[name].shape[axis + 1]
             return length
     raise AssertionError(f"a request has an input of bucket '{bucket.name}': only its mask may be left out")
-
-
-def _shapes_of(request: InferRequest) -> Mapping[str, Any]:
-    """A request's inputs, of which those in shared memory have a shape too."""
-    return request.arrays if request.shared is None else {**request.arrays, **request.shared.inputs}
 
 
 def _filled(parts: Sequence[np.ndarray], shape: tuple[int, ...], pad: float) -> np.ndarray:

@@ -423,9 +423,7 @@ class EnsembleRun:
         output_names = self._plan.outputs[number]
         key: Hashable = (STEP, output_names)
         if interface.variable:
-            keyed = ((name, arrays[name]) for name in interface.keyed_inputs if name in arrays)
-            dims = {name: array.shape[interface.batch_dims :] for name, array in keyed}
-            key = (STEP, output_names, *(dims.items() if interface.buckets is None else interface.buckets.key(dims)))
+            key = (STEP, output_names, *interface.shape_key(arrays))
         call = part.call(self, number, request.deadline_ns, part.gate)
         make = PrioritizedRequest if interface.prioritizes else InferRequest
         step = make(call, request.id, arrays, output_names, rows or 1, key, request.deadline_ns)

@@ -30,7 +30,7 @@ from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.objective import read_slo_ns
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
-from sluice_server.execution.priorities import NS_PER_US, priorities_of
+from sluice_server.execution.priorities import priorities_of
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
 from sluice_server.execution.ragged import RaggedEncoder, RaggedGatherer, is_ragged
 from sluice_server.execution.rate_limit import LimitedInstance, claim_of
@@ -42,6 +42,7 @@ from sluice_server.execution.threads import available_cpus, plan_threads
 from sluice_server.execution.warmup import warm_up
 from sluice_server.observability.latencies import Latencies
 from sluice_server.observability.statistics import ModelStatistics
+from sluice_server.protocol.decode import NS_PER_US
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
 from sluice_server.repository.autocomplete import complete, normalize
@@ -273,9 +274,8 @@ def _curve(
         names = [tensor.name for tensor in config.output]
         run_clock = batch_curve.run_clock_for(group.session.providers, group.threads)
         points = batch_curve.measure(group.session, names, proof.rows, config.max_batch_size, run_clock=run_clock)
-        if (
-            points and points[-1].rows == config.max_batch_size
-        ):  # else there was no time, and there may be at another load
+        # Else there was no time for all sizes, and there may be at another load.
+        if points and points[-1].rows == config.max_batch_size:
             cache.put(facts, points)
     return BatchCurve(points, batch_curve.choose_cap(points, config.max_batch_size) if wanted.caps else 0)
 

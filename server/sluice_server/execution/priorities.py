@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from sluice_batching import LevelPolicy, Priorities
 from sluice_proto.model_config_pb2 import ModelQueuePolicy
+from sluice_server.protocol.decode import NS_PER_US
 from sluice_server.protocol.interface import has_queue_policy
 
 if TYPE_CHECKING:
     from sluice_proto.model_config_pb2 import ModelConfig
-
-NS_PER_US = 1000
 
 
 def priorities_of(config: ModelConfig) -> Priorities | None:

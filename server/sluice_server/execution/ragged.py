@@ -24,15 +24,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sluice_proto.model_config_pb2 import BatchInput
 from sluice_proto.tensors import BY_CONFIG_TYPE
 from sluice_server.errors import Internal
-from sluice_server.execution import shared_memory
-from sluice_server.execution.instance import check_rows
+from sluice_server.execution.instance import check_rows, gather_rows
 from sluice_server.graph import VARIABLE, format_shape
 from sluice_server.protocol.encode import CuttingEncoder
 
@@ -121,7 +120,7 @@ class RaggedGatherer:
 
     def __call__(self, batch: Sequence[InferRequest]) -> dict[str, np.ndarray]:
         """The inputs of a batch by their names; Internal for numbers that the type of an input does not hold."""
-        requests = [_inputs_of(request) for request in batch]
+        requests = [gather_rows([request]) for request in batch]
         feeds = {}
         for name in requests[0]:
             parts = [arrays[name] for arrays in requests]
@@ -132,14 +131,6 @@ class RaggedGatherer:
             array = made.of([arrays[made.source].shape for arrays in requests])
             feeds |= dict.fromkeys(made.names, array)
         return feeds
-
-
-def _inputs_of(request: InferRequest) -> dict[str, np.ndarray]:
-    """A request's arrays, with what it has in shared memory."""
-    if request.shared is None:
-        return request.arrays
-    shared = {name: shared_memory.gather(name, [request.shared]) for name in request.shared.inputs}
-    return request.arrays | shared
 
 
 class RaggedEncoder(CuttingEncoder):
@@ -173,7 +164,7 @@ class RaggedEncoder(CuttingEncoder):
         dims, source = self._scattered[name]
         shapes = []
         for request in batch:
-            given = _shape_of(request, source)
+            given = request.inputs[source].shape
             sizes = [given[place + 1] if dim == VARIABLE else dim for place, dim in enumerate(dims)]
             shapes.append((request.rows, *sizes))
         counts = [math.prod(shape) for shape in shapes]
@@ -184,14 +175,6 @@ class RaggedEncoder(CuttingEncoder):
             )
         pieces = _pieces(array.reshape(-1), counts)
         return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-
-
-def _shape_of(request: InferRequest, name: str) -> Shape:
-    """The shape of one of a request's inputs, rows included."""
-    if request.shared is not None and name in request.shared.inputs:
-        return request.shared.inputs[name].shape
-    shape: Any = request.arrays[name].shape
-    return tuple(shape)
 
 
 def _pieces(array: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:

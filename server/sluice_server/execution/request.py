@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sluice_server.execution.response_cache import Fingerprint
     from sluice_server.execution.served import Served
-    from sluice_server.execution.shared_memory import SharedTensors
+    from sluice_server.execution.shared_memory import SharedTensor, SharedTensors
     from sluice_server.protocol.classification import Classes
     from sluice_server.transport.call import Call
 
@@ -65,6 +65,11 @@ class InferRequest(Request):
         if shared is not None:
             # Read when it runs, into memory that the bound of the queue is to cover as well.
             self.size_bytes += shared.input_bytes
+
+    @property
+    def inputs(self) -> Mapping[str, np.ndarray | SharedTensor]:
+        """All inputs by name, of which those in shared memory are not read, but have a shape too."""
+        return self.arrays if self.shared is None else {**self.arrays, **self.shared.inputs}
 
     def cancel(self) -> None:
         """Take the request out of its model's queue if it still waits there: its client has left."""

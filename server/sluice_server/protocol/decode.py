@@ -100,9 +100,7 @@ def decode(
         )
     key: Any = output_names
     if interface.variable:
-        first = 1 if interface.max_batch_rows else 0
-        dims = {name: arrays[name].shape[first:] for name in interface.keyed_inputs if name in arrays}
-        key = (output_names, *(dims.items() if interface.buckets is None else interface.buckets.key(dims)))
+        key = (output_names, *interface.shape_key(arrays))
     shared = None
     if windows or Window in map(type, sources):
         shared = SharedTensors({name: item for name, item in arrays.items() if type(item) is SharedTensor}, windows)

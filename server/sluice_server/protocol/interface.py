@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sluice_proto.model_config_pb2 import ModelInput
 from sluice_proto.tensors import BY_CONFIG_TYPE, DType
@@ -169,6 +169,14 @@ class ModelInterface:
     def batch_dims(self) -> int:
         """How many dimensions stand before a tensor's dims: 1 for the rows of a model that batches."""
         return 1 if self.max_batch_rows else 0
+
+    def shape_key(self, arrays: Mapping[str, Any]) -> tuple[object, ...]:
+        """What the batch key of a request has of its inputs' shapes, which begin with its rows if there are any.
+
+        `InvalidArgument` when they do not agree in a length that is padded.
+        """
+        dims = {name: arrays[name].shape[self.batch_dims :] for name in self.keyed_inputs if name in arrays}
+        return tuple(dims.items()) if self.buckets is None else self.buckets.key(dims)
 
     @property
     def reshapes_outputs(self) -> bool:
