@@ -15,9 +15,11 @@ import random
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from sluice_batching.arrivals import Constant, arrivals, even, exponential, grouped
 from sluice_batching.policy import QueuePolicy
 from sluice_batching.request import NO_DEADLINE
 from sluice_batching.simulation import Arrival, Report, Simulation, Strategy
@@ -57,24 +59,19 @@ def arrive(
 
     `uniform` spaces them evenly, `poisson` at random, `burst` has `burst` of them come at once.
     """
+    spacings = {"uniform": even(), "poisson": exponential(seed), "burst": grouped(burst)}
     chance = random.Random(seed)  # noqa: S311 # reproducible, not secret
-    arrivals = []
-    now_ns = 0.0
-    for number in range(count):
-        if pattern == "poisson":
-            now_ns += chance.expovariate(rate) * S
-        elif number:
-            gap = burst if pattern == "burst" and number % burst == 0 else 0 if pattern == "burst" else 1
-            now_ns += gap / rate * S
-        arrival_ns = round(now_ns)
+    requests = []
+    for at_s in islice(arrivals(Constant(rate), spacings[pattern]), count):
+        arrival_ns = round(at_s * S)
         deadline_ns = NO_DEADLINE if ttl_ns is None else arrival_ns + chance.randint(*ttl_ns)
-        arrivals.append(Arrival(arrival_ns, rows, deadline_ns))
-    return arrivals
+        requests.append(Arrival(arrival_ns, rows, deadline_ns))
+    return requests
 
 
 def read_arrivals(lines: Sequence[str]) -> list[Arrival]:
     """Recorded arrivals in order of time; ValueError names the line that is none."""
-    arrivals = []
+    requests = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
@@ -87,8 +84,8 @@ def read_arrivals(lines: Sequence[str]) -> list[Arrival]:
             raise ValueError(f"line {number} is '{line.strip()}', expected arrival_ns,rows,ttl_ns") from None
         if arrival.rows < 1:
             raise ValueError(f"line {number} has {arrival.rows} rows, expected 1 or more")
-        arrivals.append(arrival)
-    return sorted(arrivals, key=lambda each: each.arrival_ns)
+        requests.append(arrival)
+    return sorted(requests, key=lambda each: each.arrival_ns)
 
 
 def linear(fixed_ms: float, row_ms: float) -> Callable[[int], int]:
@@ -159,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
-        arrivals = _arrivals(args)
+        requests = _arrivals(args)
         policy = QueuePolicy(
             max_batch_rows=args.max_batch,
             batching=args.max_batch > 1,
@@ -172,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if SLO in names and slo_ns <= 0:
             raise ValueError(f"--slo-ms must be above 0, got {args.slo_ms}")
         reports = {
-            name: Simulation(strategy(name, policy, slo_ns), run_ns, args.instances).run(arrivals) for name in names
+            name: Simulation(strategy(name, policy, slo_ns), run_ns, args.instances).run(requests) for name in names
         }
     except (OSError, ValueError) as error:
         parser.error(str(error))

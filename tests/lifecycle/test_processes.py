@@ -46,6 +46,12 @@ def begin_two(channel: grpc.Channel, server: Addresses, model: str) -> list[grpc
     return calls
 
 
+def live_code(channel: grpc.Channel) -> grpc.StatusCode:
+    """How a call ends that costs the server next to nothing."""
+    live = channel.unary_unary(f"/{SERVICE.full_name}/ServerLive")
+    return live.future(pb.ServerLiveRequest().SerializeToString(), timeout=PATIENCE_S).code()
+
+
 def code_of_late_call(channel: grpc.Channel, transport: str) -> grpc.StatusCode:
     """How a call ends that comes while the server drains. C core cancels those that cross its GOAWAY on the way."""
     code = begin(channel, "moment", 3).code()
@@ -67,6 +73,8 @@ def test_a_server_says_where_it_is_and_answers_what_it_accepted_after_it_was_ask
             process.signal(signal.SIGTERM)
             eventually(lambda: server.http_status("/v2/health/ready") == 400, "it says that it is not ready")
             assert server.http_status("/v2/health/live") == 200
+            # It stops listening after it has said so; what comes in between is answered as ever.
+            eventually(lambda: live_code(newcomer) is not grpc.StatusCode.OK, "it takes no more calls")
             for channel in (client, newcomer):
                 assert code_of_late_call(channel, transport) is grpc.StatusCode.UNAVAILABLE
             assert [answer_arrays(call.result())["Y"].item() for call in calls] == [1, 2]

@@ -462,7 +462,7 @@ class ModelManager:
             self._renew_dependents(name)
 
     def drain(self) -> None:
-        """The server is ending: it is no longer ready, and its models take nothing new but finish what they have."""
+        """The server is ending: not ready any more, and no more loads; what its front still accepts is answered."""
         self._draining = True
         self._tell("", False)
         for name in {model.interface.name for model in self.served()}:
