@@ -20,7 +20,7 @@ class LengthsMeasurement(SluiceMeasurement):
     def prepare(self, trial_s: float) -> None:
         """Check the answer to every variant, before the server is warmed up as others are."""
         for variant in self.model.variants:
-            reply = probe(self._server.port, self.model, variant.request)
+            reply = probe(self._server.address, self.model, variant.request)
             if not self.model.is_answered_by(reply, variant.answer):
                 raise LoadError(f"the answer of {self.model.name} is not what ONNX Runtime gives to that request alone")
             self._answer_bytes.append(GRPC_PREFIX_BYTES + len(reply))

@@ -6,7 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 from loadtests import h2load
-from loadtests.procfs import PROC, cpu_model
+from loadtests.procfs import PROC, cpu_model, total_bytes
 
 PACKAGES = ("sluice", "sluice-native", "grpcio", "onnxruntime", "protobuf", "numpy")
 
@@ -20,10 +20,15 @@ def describe() -> dict[str, str]:
         "processor": cpu_model((PROC / "cpuinfo").read_text()),
         "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
         "load": f"{_load():.2f} on average over the last minute, before the start",
+        "memory": f"{total_bytes((PROC / 'meminfo').read_text()) / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
         "generator": _h2load_version(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The packages that take part."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def is_quiet() -> bool:

@@ -52,6 +52,10 @@ class Sample:
     p99_ms: float
     mean_batch_rows: float = math.nan
     generator_cpu_us_per_request: float = math.nan
+    generator_busy: float = math.nan
+    """The share of its time in which the load generator ran, and"""
+    generator_waiting: float = math.nan
+    """in which it could have run, and others had the CPU (`loadtests.effort`)."""
 
 
 class Measurement(ABC):
@@ -111,7 +115,9 @@ class ServerMeasurement(Measurement):
             p50_ms=done.p50_ms,
             p99_ms=done.p99_ms,
             mean_batch_rows=mean_batch_rows,
-            generator_cpu_us_per_request=done.generator_cpu_s / count * 1e6,
+            generator_cpu_us_per_request=done.effort.cpu_s / done.requests * 1e6,
+            generator_busy=done.effort.busy,
+            generator_waiting=done.effort.waiting,
         )
 
     def _probe(self) -> bytes:
@@ -121,12 +127,12 @@ class ServerMeasurement(Measurement):
 
     def ask(self) -> bytes:
         """The answer to one request."""
-        return probe(self._server.port, self.model)
+        return probe(self._server.address, self.model)
 
     def load_with(self, reply: bytes, requests: int) -> h2load.Measured:
         """Send so many requests with h2load, all of which are to be answered as this one was."""
         request = h2load.grpc_request(METHOD, self.model.request, len(reply))
-        return h2load.run(self._server.port, request, self._load, requests, self._scratch)
+        return h2load.run(self._server.address, request, self._load, requests, self._scratch)
 
     @abstractmethod
     def check_reply(self, reply: bytes) -> None:
@@ -158,9 +164,9 @@ def mean_batch(before: Counters | None, after: Counters | None, requests: int) -
     return (after.rows - before.rows) / executions if executions else math.nan
 
 
-def probe(port: int, model: BenchModel, request: bytes | None = None) -> bytes:
+def probe(address: str, model: BenchModel, request: bytes | None = None) -> bytes:
     """The answer to the very bytes that will be sent, from grpcio as the client; to the model's request by default."""
-    with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.max_receive_message_length", -1)]) as channel:
+    with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
         reply: bytes = channel.unary_unary(f"/{METHOD}")(request or model.request, timeout=30)
         return reply
 
@@ -179,7 +185,7 @@ class SluiceMeasurement(ServerMeasurement):
 
     def counters(self) -> Counters:
         """From ModelStatistics."""
-        with Client(f"127.0.0.1:{self._server.port}") as client:
+        with Client(self._server.address) as client:
             (model,) = client.statistics(self.model.name)
         return Counters(model.success.count, model.fail.count, model.inference_count, model.execution_count)
 

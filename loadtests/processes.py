@@ -35,6 +35,16 @@ class ServerProcess:
     http_port: int = 0
     """Where it answers REST, if it does."""
 
+    @property
+    def address(self) -> str:
+        """HOST:PORT of its gRPC."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def http_address(self) -> str:
+        """HOST:PORT of its REST."""
+        return f"127.0.0.1:{self.http_port}"
+
 
 def free_port() -> int:
     """A TCP port that nobody listens on now."""

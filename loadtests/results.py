@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from loadtests.effort import is_limit
 from loadtests.h2load import Load
 from loadtests.models import OCR_SIZES, PIPELINE
 from loadtests.peers import CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE, Sample
@@ -20,10 +21,34 @@ class Row:
     in_flight: int
     load: str
     samples: tuple[Sample, ...]
+    generator: str = ""
+    """What made the load; a bare loop makes its own."""
 
     def summary(self, value: Callable[[Sample], float]) -> Summary:
         """Median and extremes of one value of the samples."""
         return summarize([value(sample) for sample in self.samples])
+
+    @property
+    def generator_was_limit(self) -> bool:
+        """Whether the load generator was the bottleneck in most rounds: the row then measures the generator."""
+        limited = [is_limit(sample.generator_busy, sample.generator_waiting) for sample in self.samples]
+        return sum(limited) * 2 > len(limited)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One figure of a part that is no row of the table, round by round: of what, whose, and in which unit."""
+
+    case: str
+    who: str
+    figure: str
+    unit: str
+    rounds: tuple[float, ...]
+
+    @property
+    def value(self) -> Summary:
+        """Median and extremes over the rounds."""
+        return summarize(self.rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +71,23 @@ class Goal:
     """One promise: what is measured, what came out, and the limit it is held against."""
 
     text: str
-    value: Summary
-    limit: float
+    rounds: tuple[float, ...]
+    limit: float | None
+    """None: nothing is promised, as about a server that is not ours."""
     at_least: bool
+    generator_was_limit: bool = False
+    """In a row that it is about: what it holds then is partly the generator's."""
 
     @property
-    def is_met(self) -> bool:
-        """Whether the median keeps the limit."""
+    def value(self) -> Summary:
+        """Median and extremes over the rounds."""
+        return summarize(self.rounds)
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the median keeps the limit; None without one."""
+        if self.limit is None:
+            return None
         return self.value.median >= self.limit if self.at_least else self.value.median <= self.limit
 
 
@@ -81,7 +116,7 @@ class Target:
     row: Key
     over: Key | tuple[Key, ...] | None
     """Of several rows the one with the best median."""
-    limit: float
+    limit: float | None
     at_least: bool
     plus: tuple[Key, ...] = ()
     """The other rows of the sum that it is held against."""
@@ -108,7 +143,8 @@ class Target:
             best = max if self.at_least else min
             over = best(found, key=lambda other: other.summary(self.value).median)
             values = [value / self.value(under) for value, under in zip(values, over.samples, strict=True)]
-        return Goal(self.text, summarize(values), self.limit, self.at_least)
+        was_limit = any(each.generator_was_limit for each in (row, *found))
+        return Goal(self.text, tuple(values), self.limit, self.at_least, was_limit)
 
 
 def _rate(sample: Sample) -> float:
@@ -196,5 +232,5 @@ def goals(rows: Sequence[Row], memories: Sequence[Memory]) -> list[Goal]:
     found = [goal for target in TARGETS if (goal := target.goal(rows)) is not None]
     for memory in memories:
         text = f"identity, {memory.who}: resident memory after {memory.requests:,} requests more, over before"
-        found.append(Goal(text, summarize([memory.ratio]), MEMORY_RATIO_MAX, at_least=False))
+        found.append(Goal(text, (memory.ratio,), MEMORY_RATIO_MAX, at_least=False))
     return found
