@@ -77,7 +77,8 @@ class Report:
 class Measured:
     """One finished load: all of its requests succeeded."""
 
-    requests: int
+    requests: int | None
+    """None when the generator does not say how many it sent."""
     requests_per_s: float
     p50_ms: float
     p99_ms: float

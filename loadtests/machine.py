@@ -5,7 +5,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-from loadtests import h2load
+from loadtests import h2load, perf_generator
 from loadtests.procfs import PROC, cpu_model, total_bytes
 
 PACKAGES = ("sluice", "sluice-native", "grpcio", "onnxruntime", "protobuf", "numpy")
@@ -14,7 +14,7 @@ QUIET_LOAD = 0.5
 """Runnable processes on average, before we start; above it, others take part in what is measured."""
 
 
-def describe() -> dict[str, str]:
+def describe(generator: str) -> dict[str, str]:
     """Facts by name, in the order to print them."""
     return {
         "processor": cpu_model((PROC / "cpuinfo").read_text()),
@@ -22,7 +22,7 @@ def describe() -> dict[str, str]:
         "load": f"{_load():.2f} on average over the last minute, before the start",
         "memory": f"{total_bytes((PROC / 'meminfo').read_text()) / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "generator": _h2load_version(),
+        "generator": _generator_version(generator),
     }
 
 
@@ -47,6 +47,8 @@ def _load() -> float:
     return os.getloadavg()[0]
 
 
-def _h2load_version() -> str:
+def _generator_version(generator: str) -> str:
+    if generator == perf_generator.NAME:
+        return f"{generator} with connections of its own"
     done = subprocess.run([h2load.find(), "--version"], capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -18,10 +18,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loadtests import processes
+from loadtests import effort, processes
+from loadtests.effort import Effort
 from loadtests.models import generate
 from loadtests.processes import ServerFailed
 from loadtests.table import markdown
@@ -58,7 +59,8 @@ STEADY = ("--stability-percentage", "1000", "--max-trials", "10")
 """The first three windows that had requests are taken, however much they differ: the spread of a busy machine is no
 error."""
 
-FEW_THREADS = ("--async", "--max-threads", "2")
+THREADS = 2
+FEW_THREADS = ("--async", "--max-threads", str(THREADS))
 """A thread for each request in flight would cost more than the server."""
 
 RUN_TIMEOUT_S = 300.0
@@ -94,6 +96,8 @@ class Run:
     p50_ms: float = 0.0
     p99_ms: float = 0.0
     errors: tuple[str, ...] = ()
+    effort: Effort | None = None
+    """Of perf_analyzer; None when it did not end."""
 
     def __str__(self) -> str:
         found = f"{len(self.errors)} errors" if self.errors else f"{self.inferences_per_s:,.0f} inferences/s"
@@ -178,23 +182,22 @@ def measure(program: str, endpoint: Endpoint, name: str, concurrency: int, args:
     arguments += ["--concurrency-range", str(concurrency)]
     if "--shared-memory" in arguments:
         arguments += ["--output-shared-memory-size", str(args.output_bytes)]
+    return analyze([program, *arguments, *args.more], way.title, concurrency)
+
+
+def analyze(command: Sequence[str], way: str, concurrency: int) -> Run:
+    """One run of perf_analyzer by its command line, without the flag for its report."""
     with tempfile.TemporaryDirectory(prefix="sluice-sweep-") as scratch:
         table = Path(scratch) / "report.csv"
         libraries = f"{TOOLS / 'lib'}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")
+        environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
         try:
-            done = subprocess.run(
-                [program, *arguments, "-f", str(table), *args.more],
-                env={**os.environ, "LD_LIBRARY_PATH": libraries},
-                capture_output=True,
-                text=True,
-                timeout=RUN_TIMEOUT_S,
-                check=False,
-            )
+            done, spent = effort.run([*command, "-f", str(table)], RUN_TIMEOUT_S, THREADS, environment)
         except subprocess.TimeoutExpired:
-            return Run(way.title, concurrency, errors=(f"no end after {RUN_TIMEOUT_S:g} s",))
+            return Run(way, concurrency, errors=(f"no end after {RUN_TIMEOUT_S:g} s",))
         if done.returncode or not table.exists():
-            return Run(way.title, concurrency, errors=told_errors(done.stdout + done.stderr))
-        return read(table.read_text(), way.title, concurrency)
+            return Run(way, concurrency, errors=told_errors(done.stdout + done.stderr))
+        return replace(read(table.read_text(), way, concurrency), effort=spent)
 
 
 def told_errors(output: str) -> tuple[str, ...]:

@@ -28,22 +28,24 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServerProcess:
-    """A server that answers on this port of this machine."""
+    """A server that answers on this port, of this machine unless somebody else started it."""
 
-    pid: int
+    pid: int | None
+    """None for one that was not started here: what it uses cannot be measured."""
     port: int
     http_port: int = 0
     """Where it answers REST, if it does."""
+    host: str = "127.0.0.1"
 
     @property
     def address(self) -> str:
         """HOST:PORT of its gRPC."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def http_address(self) -> str:
         """HOST:PORT of its REST."""
-        return f"127.0.0.1:{self.http_port}"
+        return f"{self.host}:{self.http_port}"
 
 
 def free_port() -> int:

@@ -147,7 +147,7 @@ class Target:
         return Goal(self.text, tuple(values), self.limit, self.at_least, was_limit)
 
 
-def _rate(sample: Sample) -> float:
+def rate(sample: Sample) -> float:
     return sample.requests_per_s
 
 
@@ -155,11 +155,11 @@ def _cpu(sample: Sample) -> float:
     return sample.cpu_us_per_request
 
 
-def _p50(sample: Sample) -> float:
+def p50(sample: Sample) -> float:
     return sample.p50_ms
 
 
-def _p99(sample: Sample) -> float:
+def p99(sample: Sample) -> float:
     return sample.p99_ms
 
 
@@ -175,43 +175,43 @@ TARGETS = (
            _IDENTITY, Key("identity", ECHO, BASE), 0.10, at_least=False),
     Target("identity, 2 x 16: CPU per request, native over grpcio", _cpu,
            _IDENTITY, Key("identity", GRPCIO, BASE), 0.09, at_least=False),
-    Target("digits MLP, 4 x 32: requests/s, native over grpcio", _rate,
+    Target("digits MLP, 4 x 32: requests/s, native over grpcio", rate,
            Key("digits_mlp", NATIVE, BUSY), Key("digits_mlp", GRPCIO, BUSY), 8, at_least=True),
-    Target("identity, one at a time: p50, native over the bare echo", _p50,
+    Target("identity, one at a time: p50, native over the bare echo", p50,
            Key("identity", NATIVE, LONE), Key("identity", ECHO, LONE), 0.5, at_least=False),
-    Target("600 KB images, 2 x 4: requests/s, native over grpcio", _rate,
+    Target("600 KB images, 2 x 4: requests/s, native over grpcio", rate,
            Key("images", NATIVE, IMAGES), Key("images", GRPCIO, IMAGES), 2, at_least=True),
-    Target("600 KB images, 2 x 4: requests/s, in shared memory over in messages, on native", _rate,
+    Target("600 KB images, 2 x 4: requests/s, in shared memory over in messages, on native", rate,
            Key("images", SHARED, IMAGES), Key("images", NATIVE, IMAGES), 2, at_least=True),
-    Target("identity, 32 x 1: requests/s, REST over gRPC, on native", _rate,
+    Target("identity, 32 x 1: requests/s, REST over gRPC, on native", rate,
            Key("identity", REST, APART), Key("identity", NATIVE, APART), 0.3, at_least=True),
-    Target("identity, 2 x 16: requests/s, in streams over in unary calls, on native", _rate,
+    Target("identity, 2 x 16: requests/s, in streams over in unary calls, on native", rate,
            Key("identity", STREAM, BASE), _IDENTITY, 1.3, at_least=True),
-    Target("identity, 1000 x 1: requests/s, native over its own 2 x 16", _rate,
+    Target("identity, 1000 x 1: requests/s, native over its own 2 x 16", rate,
            Key("identity", NATIVE, CROWD), _IDENTITY, 0.6, at_least=True),
-    Target("digits MLP, 4 x 32, unique inputs: requests/s, with a response cache over without", _rate,
+    Target("digits MLP, 4 x 32, unique inputs: requests/s, with a response cache over without", rate,
            Key("digits_cached", CACHED_UNIQUE, BUSY), Key("digits_cached", UNIQUE, BUSY), 0.97, at_least=True),
     Target("digits MLP, 4 x 32, unique inputs: CPU per request, with a response cache over without", _cpu,
            Key("digits_cached", CACHED_UNIQUE, BUSY), Key("digits_cached", UNIQUE, BUSY), 1.03, at_least=False),
     Target("identity, 2 x 16, unique inputs: CPU per request, with a response cache over without", _cpu,
            Key("identity_cached", CACHED_UNIQUE, BASE), Key("identity_cached", UNIQUE, BASE), 1.03, at_least=False),
-    Target("lengths 5 to 128, 4 x 16: requests/s, with shape buckets over without", _rate,
+    Target("lengths 5 to 128, 4 x 16: requests/s, with shape buckets over without", rate,
            Key("lengths_bucketed", NATIVE, MIXED), Key("lengths", NATIVE, MIXED), 1.5, at_least=True),
-    Target("lengths 5 to 128, 4 x 16: p99, with shape buckets over without", _p99,
+    Target("lengths 5 to 128, 4 x 16: p99, with shape buckets over without", p99,
            Key("lengths_bucketed", NATIVE, MIXED), Key("lengths", NATIVE, MIXED), 1, at_least=False),
     # Three requests through the whole server, one for each part, cost three times what one costs beside the models: an
     # ensemble that hands tensors over cheaply is far below their sum.
-    Target("ensemble of 3 MLPs, one at a time: p50, over the sum of its parts", _p50,
+    Target("ensemble of 3 MLPs, one at a time: p50, over the sum of its parts", p50,
            Key("pipeline", NATIVE, LONE), _PARTS[0], 1.15, at_least=False, plus=_PARTS[1:]),
     Target("ensemble of 3 MLPs, one at a time: CPU per request, over the sum of its parts", _cpu,
            Key("pipeline", NATIVE, LONE), _PARTS[0], 1.15, at_least=False, plus=_PARTS[1:]),
-    Target("text detection, 2 x 4, no configuration: requests/s, over the best of the batch sizes", _rate,
+    Target("text detection, 2 x 4, no configuration: requests/s, over the best of the batch sizes", rate,
            Key("ocr", NATIVE, IMAGES), tuple(Key(f"ocr_{most}", NATIVE, IMAGES) for most in OCR_SIZES), 0.97,
            at_least=True),
     # 0.90 leaves the rest for transport, queue, gather and scatter on the other core.
-    Target("large MLP, 4 x 16: rows/s, native over the bare loop", _rate,
+    Target("large MLP, 4 x 16: rows/s, native over the bare loop", rate,
            Key("large_mlp", NATIVE, LARGE), _LOOP, 0.90, at_least=True),
-    Target("large MLP, 4 x 16: rows/s, grpcio over the bare loop", _rate,
+    Target("large MLP, 4 x 16: rows/s, grpcio over the bare loop", rate,
            Key("large_mlp", GRPCIO, LARGE), _LOOP, 0.90, at_least=True),
     # grpcio's machinery is most of a small request, and ours may add a quarter.
     Target("identity, 2 x 16: CPU per request, grpcio over the bare echo", _cpu,
@@ -227,9 +227,9 @@ MEMORY_RATIO_MAX = 1.05
 """Allocators breathe by a few percent; a leak of 100 bytes per request would be 100 MB after 1,000,000."""
 
 
-def goals(rows: Sequence[Row], memories: Sequence[Memory]) -> list[Goal]:
-    """The goals whose rows were measured."""
-    found = [goal for target in TARGETS if (goal := target.goal(rows)) is not None]
+def goals(rows: Sequence[Row], memories: Sequence[Memory], more: Sequence[Target] = ()) -> list[Goal]:
+    """The goals whose rows were measured, and the comparisons asked for beside them."""
+    found = [goal for target in (*TARGETS, *more) if (goal := target.goal(rows)) is not None]
     for memory in memories:
         text = f"identity, {memory.who}: resident memory after {memory.requests:,} requests more, over before"
         found.append(Goal(text, (memory.ratio,), MEMORY_RATIO_MAX, at_least=False))

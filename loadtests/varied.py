@@ -11,6 +11,8 @@ from loadtests.h2load import TIMEOUT_S, Load, LoadError, Measured, frame, steady
 from loadtests.peers import METHOD
 from loadtests.summary import quantile
 
+NAME = "loadtests.varied_load"
+
 
 def run(
     port: int,

@@ -85,12 +85,12 @@ def test_tensors_in_shared_memory_come_through_and_are_looked_at(transport: str,
         with registered(model, server) as shared:
             images = SharedMeasurement(model, server, IMAGES, tmp_path, shared)
             assert images.send(2 * IMAGES.in_flight).requests_per_s > 0
-            reply = probe(server.address, images.model)
+            reply = probe(server.address, images.model.request)
             images.check_reply(reply)
             with pytest.raises(LoadError, match="not what ONNX Runtime gives"):
                 images.check_reply(reply)
         with pytest.raises(grpc.RpcError, match="Unable to find shared memory region"):
-            probe(server.address, images.model)
+            probe(server.address, images.model.request)
 
 
 @needs_h2load

@@ -1,0 +1,111 @@
+"""Load that rises and falls under a latency objective: is it kept, and what does it cost against the best setting by hand?
+
+By hand means: a batch size, and as many requests waiting as one batch has, so that nobody waits for more than the run
+that has begun and the own one. The sizes of the grid are tried in the same round, under more load than they can take;
+of those that keep the objective the one with the most answers a second is the best, and what it answers is the
+capacity.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from loadtests import processes, timed
+from loadtests.processes import ServerProcess
+from loadtests.scheduling import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, open_load
+from loadtests.timed import Times
+from sluice_client.load.latencies import Records, quantile
+from sluice_client.load.open_loop import Run
+
+RUN, ROWS, SLO_S = Times(10, 2.5), 32, 0.15
+GRID = (4, 8, 16, 24)
+"""With RUN, two runs of 24 rows just end within the objective."""
+OVERLOAD = 1.4
+"""What a size is tried with, over what it should be able to do."""
+STEPS = (0.1, 1.0, 0.3)
+SETTLING_S = 1.0
+"""After a change of the load; not measured."""
+PATIENCE_S = 10.0
+
+STATIC = "best static setting"
+SIZE = Figure(STATIC, "batch size", "rows")
+CAPACITY = Figure(STATIC, "answers at more load than it can take", "/s")
+AT_FULL = Figure(STATIC, "answers at 100 % of that", "/s")
+P99 = {step: Figure(OURS, f"p99 at {step:.0%} of the capacity", "ms") for step in STEPS}
+P99_WORST = Figure(f"{OURS} over the objective", "p99 in the worst step")
+OURS_AT_FULL = Figure(OURS, AT_FULL.name, "/s")
+RATIO = Figure(f"{OURS} over {STATIC}", AT_FULL.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A static setting under more load than it can take."""
+
+    size: int
+    answers_per_s: float
+    p99_s: float
+
+
+class Steps(Experiment):
+    """The grid, the best of it at 100 %, and our server at 10, 100 and 30 % with `slo_p99_ms` alone."""
+
+    case = f"load steps of {', '.join(f'{step:.0%}' for step in STEPS)}, objective {SLO_S * 1e3:.0f} ms"
+    promises = (
+        Promise(f"{case}: p99 in the worst step, over the objective", P99_WORST, 1, at_least=False),
+        Promise(f"{case}: answers at 100 %, over the {STATIC}'s", RATIO, 0.9, at_least=True),
+    )
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        for size in GRID:
+            policy = f"default_queue_policy {{ max_queue_size: {size} }}"
+            place.write(_static(size), RUN, f"max_batch_size: {size}\ndynamic_batching {{ {policy} }}")
+        objective = f'parameters {{ key: "slo_p99_ms" value {{ string_value: "{SLO_S * 1e3:.0f}" }} }}'
+        place.write("objective", RUN, f"max_batch_size: {ROWS}\ndynamic_batching {{ }}\n{objective}")
+
+    def measure(self) -> Outcome:
+        """As long as seven to eight measurements."""
+        place = self.place
+        with processes.sluice(place.repository, place.scratch, place.transport) as server:
+            best = pick([self._try(server, size) for size in GRID])
+            by_hand = self._load(server, _static(best.size), best.answers_per_s)
+            runs = {step: self._load(server, "objective", step * best.answers_per_s) for step in STEPS}
+        p99_s = {step: quantile(self._steady(run).response_s, 0.99) for step, run in runs.items()}
+        at_full, ours = self._answers_per_s(by_hand), self._answers_per_s(runs[1.0])
+        figures = {
+            SIZE: best.size,
+            CAPACITY: best.answers_per_s,
+            **{P99[step]: p99_s[step] * 1e3 for step in STEPS},
+            P99_WORST: max(p99_s.values()) / SLO_S,
+            AT_FULL: at_full,
+            OURS_AT_FULL: ours,
+            RATIO: ours / at_full,
+        }
+        problems = (run.generator.problem for run in (by_hand, *runs.values()))
+        return Outcome(figures, next(filter(None, problems), ""))
+
+    def _try(self, server: ServerProcess, size: int) -> Trial:
+        run = self._load(server, _static(size), OVERLOAD * RUN.rows_per_s(size))
+        return Trial(size, self._answers_per_s(run), quantile(self._steady(run).response_s, 0.99))
+
+    def _load(self, server: ServerProcess, model: str, rate: float) -> Run:
+        times_s = at_random(rate, SETTLING_S + self.place.measure_s / 2)
+        return open_load(server.address, timed.request(model), times_s, PATIENCE_S)
+
+    def _steady(self, run: Run) -> Records:
+        return run.records.between(SETTLING_S, SETTLING_S + self.place.measure_s / 2)
+
+    def _answers_per_s(self, run: Run) -> float:
+        return len(self._steady(run).response_s) / (self.place.measure_s / 2)
+
+
+def pick(trials: list[Trial]) -> Trial:
+    """The most answers a second within the objective; where none keeps it, the one that comes nearest."""
+    keeping = [trial for trial in trials if trial.p99_s <= SLO_S]
+    if keeping:
+        return max(keeping, key=lambda trial: trial.answers_per_s)
+    return min(trials, key=lambda trial: np.inf if np.isnan(trial.p99_s) else trial.p99_s)
+
+
+def _static(size: int) -> str:
+    return f"static_{size}"
