@@ -14,13 +14,14 @@ TOOLS := .tools
 GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
 
-.PHONY: help setup serve demo test check proto models bench sweep fuzz perf_analyzer grpcurl silero loadtest image clean
+.PHONY: help setup serve demo test check proto models bench bench-compare bench-readme sweep fuzz perf_analyzer grpcurl silero loadtest image clean
 
 help:
 	@echo "make serve     serve the demo models on ports 8001 (gRPC), 8000 (HTTP), 8002 (metrics)"
 	@echo "make demo      serve them, send the test digits, print accuracy and speed, end"
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
+	@echo "make bench-compare [OLD=.. NEW=..]   what became worse between two runs of it"
 	@echo "make sweep     Triton's perf_analyzer over gRPC, streams, shared memory and REST, at rising concurrency"
 	@echo "make fuzz      send the server's parts a million inputs that are wrong (a quarter of an hour)"
 	@echo "make proto     generate the protobuf code again"
@@ -98,8 +99,19 @@ $(VENV)/.bench: $(VENV)/.dev
 	@$(PIP) install --constraint constraints.txt --no-deps rapidocr-onnxruntime
 	@touch $@
 
+# Writes loadtests/results/latest.json too, unless BENCH_FLAGS has --json=FILE.
 bench: $(VENV)/.bench $(VENV)/.native
 	@$(BIN)/python -m loadtests.bench $(BENCH_FLAGS)
+
+# Ends with 1 when a ratio is worse in NEW than in OLD by more than the spreads of the rounds explain.
+OLD ?= loadtests/results/published.json
+NEW ?= loadtests/results/latest.json
+bench-compare: $(VENV)/.dev
+	@$(BIN)/python -m loadtests.compare $(OLD) $(NEW)
+
+# README's tables, out of loadtests/results/published.json.
+bench-readme: $(VENV)/.dev
+	@$(BIN)/python -m loadtests.readme
 
 # Ends with 1 when any request failed.
 sweep: $(VENV)/.dev $(VENV)/.native $(TOOLS)/bin/perf_analyzer

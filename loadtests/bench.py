@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from loadtests import h2load, machine, oip, perf_generator, processes, scheduling, table
+from loadtests import h2load, machine, neighbours, oip, perf_generator, processes, scheduling, table
 from loadtests import record as records
 from loadtests.h2load import LoadError
 from loadtests.lengths import LengthsMeasurement
@@ -24,6 +24,7 @@ from loadtests.peers import (
     CACHED,
     CACHED_UNIQUE,
     ECHO,
+    FEATURES,
     GRPCIO,
     LOOP,
     NATIVE,
@@ -41,8 +42,8 @@ from loadtests.peers import (
 from loadtests.plan import BASE, MEMORY, OCR, PARTS, QUICK, Case, Plan
 from loadtests.processes import ServerFailed, ServerProcess
 from loadtests.procfs import read_rss_bytes
-from loadtests.rest import RestMeasurement
 from loadtests.record import Record
+from loadtests.rest import RestMeasurement
 from loadtests.results import Memory, Row, goals
 from loadtests.shared_memory import SharedMeasurement, registered
 from loadtests.streams import StreamMeasurement
@@ -61,6 +62,7 @@ FLAGS = {
     UNIQUE: (TransportChoice.NATIVE,),
     STREAM: (TransportChoice.NATIVE,),
     CACHED: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
+    FEATURES: (TransportChoice.NATIVE, *neighbours.FLAGS),
     CACHED_UNIQUE: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
 }
 """What --transport is for each of ours, and what other flags it has."""
@@ -127,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--write-models", type=Path, metavar="DIR",
         help="write the models for a peer to serve, and measure nothing")  # fmt: skip
     parser.add_argument("--generator", choices=GENERATES, default=H2LOAD,
-        help="what makes the load of plain unary calls (h2load); with perf_analyzer other rows are left out")  # fmt: skip
+        help="makes the load of plain unary calls (h2load); perf_analyzer can make no other")  # fmt: skip
     return parser
 
 
@@ -207,9 +209,12 @@ def measure_table(cases: Sequence[Case], setup: Setup, scratch: Path) -> list[Ro
     _say(f"generating {', '.join(names)}")
     repository = scratch / "models"
     models = {name: generate(name, repository) for name in names}
+    repositories = {}
+    if any(case.who == FEATURES for case in cases):
+        repositories[FEATURES] = neighbours.write(scratch / "neighbours", repository)
     with ExitStack() as stack:
         servers = {
-            who: stack.enter_context(processes.sluice(repository, scratch, *flags))
+            who: stack.enter_context(processes.sluice(repositories.get(who, repository), scratch, *flags))
             for who, flags in FLAGS.items()
             if any(case.who == who for case in cases)
         }

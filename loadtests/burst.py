@@ -9,8 +9,8 @@ from itertools import islice
 import numpy as np
 
 from loadtests import processes, server_traces, timed
+from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, open_load
 from loadtests.processes import ServerProcess
-from loadtests.scheduling import OURS, Experiment, Figure, Outcome, Place, Promise, open_load
 from loadtests.timed import Times
 from sluice_batching.arrivals import Constant, arrivals, even
 from sluice_client.load.open_loop import Run

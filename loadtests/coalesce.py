@@ -3,9 +3,9 @@
 from itertools import count
 
 from loadtests import processes, timed
+from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, open_load
 from loadtests.h2load import LoadError
 from loadtests.processes import ServerProcess
-from loadtests.scheduling import OURS, Experiment, Figure, Outcome, Place, Promise, open_load
 from loadtests.timed import Times
 from sluice_client import Client
 

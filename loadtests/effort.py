@@ -4,7 +4,6 @@ A generator that is hardly ever idle, busy or waiting for a core that others use
 measures then is itself. Linux counts both for each thread (/proc/PID/task/TID/schedstat).
 """
 
-import os
 import resource
 import signal
 import subprocess
@@ -54,7 +53,7 @@ def is_limit(busy: float, waiting: float) -> bool:
 def run(
     command: Sequence[str], timeout_s: float, threads: int = 1, env: Mapping[str, str] | None = None
 ) -> tuple[subprocess.CompletedProcess[str], Effort]:
-    """As `subprocess.run`, with all output as text, and what the process spent. TimeoutExpired when it takes too long."""
+    """Run a command, output as text, and tell what its process spent. TimeoutExpired when it takes too long."""
     began_s, cpu_began_s = perf_counter(), _children_cpu_s()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         watch = _Watch(process.pid)
@@ -88,11 +87,11 @@ class _Watch:
     def _look(self) -> None:
         while not self._over.wait(LOOK_S):
             try:
-                tasks = os.listdir(self._tasks)
+                tasks = list(self._tasks.iterdir())
             except FileNotFoundError:
                 return
             for task in tasks:
-                self._note(self._tasks / task / "schedstat")
+                self._note(task / "schedstat")
 
     def _note(self, schedstat: Path) -> None:
         try:

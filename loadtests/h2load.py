@@ -99,7 +99,9 @@ def frame(message: bytes) -> bytes:
     return b"\x00" + len(message).to_bytes(4, "big") + message
 
 
-def command(program: str, address: str, request: Request, load: Load, requests: int, body: Path, log: Path) -> list[str]:
+def command(
+    program: str, address: str, request: Request, load: Load, requests: int, body: Path, log: Path
+) -> list[str]:
     """The command line for this many requests to this HOST:PORT."""
     return [
         program,
@@ -159,7 +161,10 @@ def check(report: Report, requests: int, expected: int) -> None:
 
 
 def run(address: str, request: Request, load: Load, requests: int, scratch: Path) -> Measured:
-    """Send the request this often to HOST:PORT and measure; LoadError unless each answer has its length. Writes to `scratch`."""
+    """Send the request this often to HOST:PORT and measure; writes to `scratch`.
+
+    LoadError unless each answer has its length.
+    """
     body, log = scratch / "body.bin", scratch / "requests.log"
     body.write_bytes(request.body)
     log.unlink(missing_ok=True)  # h2load appends

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtests import h2load, processes, server_traces, timed
+from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, open_load
 from loadtests.h2load import Load
 from loadtests.peers import METHOD, probe
 from loadtests.processes import ServerProcess
 from loadtests.procfs import read_rss_bytes
-from loadtests.scheduling import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, open_load
 from loadtests.timed import Times
 from sluice_client.load.latencies import Records, quantile
 

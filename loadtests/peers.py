@@ -31,6 +31,7 @@ UNIQUE = "native, unique inputs"
 STREAM = "native, streams"
 CACHED_UNIQUE = "native, cache, unique inputs"
 CACHED = "native, cache"
+FEATURES = "native, features on for others"
 ECHO = "bare grpcio echo"
 LOOP = "bare ONNX Runtime loop"
 

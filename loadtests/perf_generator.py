@@ -1,4 +1,4 @@
-"""perf_analyzer, Triton's load generator, in the place of h2load: `python -m loadtests.bench --generator perf_analyzer`.
+"""perf_analyzer, Triton's load generator, in the place of h2load: `make bench BENCH_FLAGS="--generator perf_analyzer"`.
 
 It sends what it makes up for the model's inputs, as many requests at a time as the load has in flight, over connections
 that it chooses itself; and it speaks to servers of the protocol only, so that a bare echo has no row then. Answers are

@@ -58,7 +58,8 @@ def render(record: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     command = " ".join(["make bench", *([f"BENCH_FLAGS='{' '.join(record.flags)}'"] if record.flags else [])])
     about = [
-        f"Measured {record.measured_at[:10]} by `{command}`: medians of {plan['rounds']} rounds of {plan['round_s']:g} s;",
+        f"Measured {record.measured_at[:10]} by `{command}`:",
+        f"medians of {plan['rounds']} rounds of {plan['round_s']:g} s;",
         f"{where};",
         f"load average before the start {machine['load'].split()[0]};",
         f"{versions}; commit {record.commit[:12]}.",

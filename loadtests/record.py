@@ -196,4 +196,4 @@ def _plain(value: float) -> float | None:
 
 
 def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(math.nan if value is None else value for value in values)
+    return tuple(math.nan if value is None else float(value) for value in values)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from loadtests.effort import is_limit
 from loadtests.h2load import Load
 from loadtests.models import OCR_SIZES, PIPELINE
-from loadtests.peers import CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE, Sample
+from loadtests.peers import CACHED_UNIQUE, ECHO, FEATURES, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE, Sample
 from loadtests.plan import APART, BASE, BUSY, CROWD, IMAGES, LARGE, LARGER, LONE, MIXED
 from loadtests.summary import Summary, summarize
 
@@ -148,6 +148,7 @@ class Target:
 
 
 def rate(sample: Sample) -> float:
+    """Requests/s."""
     return sample.requests_per_s
 
 
@@ -156,10 +157,12 @@ def _cpu(sample: Sample) -> float:
 
 
 def p50(sample: Sample) -> float:
+    """The median latency, ms."""
     return sample.p50_ms
 
 
 def p99(sample: Sample) -> float:
+    """The 99th percentile of the latency, ms."""
     return sample.p99_ms
 
 
@@ -195,6 +198,10 @@ TARGETS = (
            Key("digits_cached", CACHED_UNIQUE, BUSY), Key("digits_cached", UNIQUE, BUSY), 1.03, at_least=False),
     Target("identity, 2 x 16, unique inputs: CPU per request, with a response cache over without", _cpu,
            Key("identity_cached", CACHED_UNIQUE, BASE), Key("identity_cached", UNIQUE, BASE), 1.03, at_least=False),
+    Target("identity, 2 x 16: requests/s, with the scheduling features on for other models, over off", rate,
+           Key("identity", FEATURES, BASE), _IDENTITY, 0.97, at_least=True),
+    Target("identity, 2 x 16: CPU per request, with the scheduling features on for other models, over off", _cpu,
+           Key("identity", FEATURES, BASE), _IDENTITY, 1.03, at_least=False),
     Target("lengths 5 to 128, 4 x 16: requests/s, with shape buckets over without", rate,
            Key("lengths_bucketed", NATIVE, MIXED), Key("lengths", NATIVE, MIXED), 1.5, at_least=True),
     Target("lengths 5 to 128, 4 x 16: p99, with shape buckets over without", p99,

@@ -1,4 +1,4 @@
-"""Load that rises and falls under a latency objective: is it kept, and what does it cost against the best setting by hand?
+"""Load that rises and falls under a latency objective: is it kept, and what does that cost beside the best by hand?
 
 By hand means: a batch size, and as many requests waiting as one batch has, so that nobody waits for more than the run
 that has begun and the own one. The sizes of the grid are tried in the same round, under more load than they can take;
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loadtests import processes, timed
+from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, open_load
 from loadtests.processes import ServerProcess
-from loadtests.scheduling import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, open_load
 from loadtests.timed import Times
 from sluice_client.load.latencies import Records, quantile
 from sluice_client.load.open_loop import Run

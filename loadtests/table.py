@@ -41,11 +41,13 @@ def render_rows(rows: Sequence[Row]) -> str:
 
 def render_findings(findings: Sequence[Finding]) -> str:
     """A line for each figure of the parts that are no rows: the median, and the extremes of the rounds."""
-    cells = [("case", "who", "figure", "measured", "rounds")]
-    for each in findings:
-        cells.append((each.case, each.who, each.figure, f"{_number(each.value.median)} {each.unit}".strip(),
-                      _extremes(each.value)))  # fmt: skip
-    return markdown(cells, words=3)
+    head = ("case", "who", "figure", "measured", "rounds")
+    return markdown([head, *map(_finding_cells, findings)], words=3)
+
+
+def _finding_cells(each: Finding) -> tuple[str, ...]:
+    measured = f"{_number(each.value.median)} {each.unit}".strip()
+    return (each.case, each.who, each.figure, measured, _extremes(each.value))
 
 
 def markdown(cells: Sequence[Sequence[str]], words: int) -> str:
