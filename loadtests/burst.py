@@ -4,6 +4,8 @@ First come, first served is the same server with deadlines that it cannot see: t
 late. When a run began is read from the server's trace file.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from loadtests import processes, server_traces, timed
 from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, open_load
 from loadtests.processes import ServerProcess
+from loadtests.server_traces import Trace
 from loadtests.timed import Times
 from sluice_batching.arrivals import Constant, arrivals, even
 from sluice_client.load.open_loop import Run
@@ -58,10 +61,7 @@ class Burst(Experiment):
         times["in_turn"] = times["fifo"] = list(islice(arrivals(Constant(RATE), even()), REQUESTS))
         with processes.sluice(place.repository, place.scratch, place.transport, *flags) as server:
             runs = {name: self._load(server, name, times[name], deadline_s) for name, deadline_s in _MODELS.items()}
-        late = dict.fromkeys(_MODELS, 0)
-        for trace in server_traces.read(traces):
-            if trace.started_ns is not None and trace.started_ns > trace.received_ns + DEADLINE_S * 1e9:
-                late[trace.model] += 1
+        late = started_late(server_traces.read(traces))
         in_time = {name: int(np.count_nonzero(run.records.response_s <= DEADLINE_S)) for name, run in runs.items()}
         figures = {
             LATE_AT_ONCE: late["at_once"],
@@ -78,3 +78,12 @@ class Burst(Experiment):
     @staticmethod
     def _load(server: ServerProcess, model: str, times_s: list[float], deadline_s: float) -> Run:
         return open_load(server.address, timed.request(model), times_s, deadline_s)
+
+
+def started_late(traces: Iterable[Trace]) -> Counter[str]:
+    """How many runs began after their deadline, by model; the server may know of no deadline."""
+    return Counter(
+        trace.model
+        for trace in traces
+        if trace.started_ns is not None and trace.started_ns > trace.received_ns + DEADLINE_S * 1e9
+    )

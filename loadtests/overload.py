@@ -22,8 +22,8 @@ OVERLOAD = 3
 FULL = Load(2, ROWS)
 """One batch runs, another waits."""
 PATIENCE_S = 10.0
-WARMUP_S = 1.5
-"""For the server to learn how long runs take; not measured."""
+WARMUP = 0.2
+"""For the server to learn how long runs take, over what is measured then."""
 TRACED = 4
 """One request in so many."""
 REFUSED = 8
@@ -65,7 +65,7 @@ class Overload(Experiment):
         flags = server_traces.flags(traces, TRACED)
         with processes.sluice(place.repository, place.scratch, place.transport, *flags) as server:
             capacity = self._capacity(server)
-            over_s = WARMUP_S + place.measure_s
+            over_s = (1 + WARMUP) * place.measure_s
             times_s = at_random(OVERLOAD * capacity, over_s)
             before_bytes = read_rss_bytes(server.pid)
             run = open_load(server.address, timed.request("objective"), times_s, PATIENCE_S)
@@ -75,7 +75,7 @@ class Overload(Experiment):
             for trace in server_traces.read(traces)
             if trace.model == "objective" and trace.started_ns is None
         ]
-        steady = run.records.between(WARMUP_S, over_s)
+        steady = run.records.between(WARMUP * place.measure_s, over_s)
         in_time_per_s = np.count_nonzero(steady.response_s <= SLO_S) / place.measure_s
         p99_ms = quantile(steady.response_s, 0.99) * 1e3
         seen_ms = refused_ms(steady)

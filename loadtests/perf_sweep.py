@@ -149,9 +149,9 @@ def _count(text: str) -> int:
     return count
 
 
-def find(tools: Path = TOOLS) -> str:
+def find(tools: Path | None = None) -> str:
     """The path of perf_analyzer; SweepFailed says how to get it."""
-    program = shutil.which("perf_analyzer") or shutil.which("perf_analyzer", path=tools / "bin")
+    program = shutil.which("perf_analyzer") or shutil.which("perf_analyzer", path=(tools or TOOLS) / "bin")
     if program is None:
         raise SweepFailed("perf_analyzer is not there: `make perf_analyzer` gets it")
     return program

@@ -23,8 +23,8 @@ GRID = (4, 8, 16, 24)
 OVERLOAD = 1.4
 """What a size is tried with, over what it should be able to do."""
 STEPS = (0.1, 1.0, 0.3)
-SETTLING_S = 1.0
-"""After a change of the load; not measured."""
+SETTLING = 0.25
+"""After a change of the load, over what is measured then."""
 PATIENCE_S = 10.0
 
 STATIC = "best static setting"
@@ -63,8 +63,12 @@ class Steps(Experiment):
         objective = f'parameters {{ key: "slo_p99_ms" value {{ string_value: "{SLO_S * 1e3:.0f}" }} }}'
         place.write("objective", RUN, f"max_batch_size: {ROWS}\ndynamic_batching {{ }}\n{objective}")
 
+    @property
+    def _steady_s(self) -> float:
+        return self.place.measure_s / 2
+
     def measure(self) -> Outcome:
-        """As long as seven to eight measurements."""
+        """Eight loads, of half a measurement each."""
         place = self.place
         with processes.sluice(place.repository, place.scratch, place.transport) as server:
             best = pick([self._try(server, size) for size in GRID])
@@ -89,14 +93,14 @@ class Steps(Experiment):
         return Trial(size, self._answers_per_s(run), quantile(self._steady(run).response_s, 0.99))
 
     def _load(self, server: ServerProcess, model: str, rate: float) -> Run:
-        times_s = at_random(rate, SETTLING_S + self.place.measure_s / 2)
+        times_s = at_random(rate, (1 + SETTLING) * self._steady_s)
         return open_load(server.address, timed.request(model), times_s, PATIENCE_S)
 
     def _steady(self, run: Run) -> Records:
-        return run.records.between(SETTLING_S, SETTLING_S + self.place.measure_s / 2)
+        return run.records.between(SETTLING * self._steady_s, (1 + SETTLING) * self._steady_s)
 
     def _answers_per_s(self, run: Run) -> float:
-        return len(self._steady(run).response_s) / (self.place.measure_s / 2)
+        return len(self._steady(run).response_s) / self._steady_s
 
 
 def pick(trials: list[Trial]) -> Trial:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests import bench, perf_generator, processes
+from loadtests import bench, perf_generator, perf_sweep, processes
 from loadtests.h2load import Load, LoadError
 from loadtests.models import generate
 from loadtests.peers import GRPCIO, LOOP, NATIVE, SluiceMeasurement
@@ -59,16 +59,10 @@ def test_an_error_of_the_server_fails_the_load(tmp_path: Path, transport: str) -
 
 def test_without_perf_analyzer_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(perf_generator, "find", lambda: perf_sweep_find(tmp_path))
+    monkeypatch.setattr(perf_sweep, "TOOLS", tmp_path)
     model = generate("identity", tmp_path / "models")
     with pytest.raises(LoadError, match="`make perf_analyzer` gets it"):
         perf_generator.command("127.0.0.1:1", model, 1, 100)
-
-
-def perf_sweep_find(tools: Path) -> str:
-    from loadtests.perf_sweep import find
-
-    return find(tools)
 
 
 def test_a_command_has_the_shapes_of_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
