@@ -19,7 +19,8 @@ from loadtests import h2load, machine, neighbours, oip, perf_generator, processe
 from loadtests import record as records
 from loadtests.h2load import LoadError
 from loadtests.lengths import LengthsMeasurement
-from loadtests.models import GENERATORS, OCR_PACKAGE, BenchModel, find_ocr, generate
+from loadtests.models import GENERATORS as MODELS
+from loadtests.models import OCR_PACKAGE, BenchModel, find_ocr, generate
 from loadtests.peers import (
     CACHED,
     CACHED_UNIQUE,
@@ -33,7 +34,7 @@ from loadtests.peers import (
     STREAM,
     UNIQUE,
     EchoMeasurement,
-    Generate,
+    Generator,
     LoopMeasurement,
     Measurement,
     Sample,
@@ -68,7 +69,7 @@ FLAGS = {
 """What --transport is for each of ours, and what other flags it has."""
 
 H2LOAD = "h2load"
-GENERATES: dict[str, Generate | None] = {H2LOAD: None, perf_generator.NAME: perf_generator.generate}
+GENERATORS: dict[str, Generator | None] = {H2LOAD: None, perf_generator.NAME: perf_generator.GENERATOR}
 """What can make the load of unary calls that are all the same."""
 
 AUTO = TransportChoice.AUTO
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a server of the Open Inference Protocol that runs there, as a column; several times")  # fmt: skip
     parser.add_argument("--write-models", type=Path, metavar="DIR",
         help="write the models for a peer to serve, and measure nothing")  # fmt: skip
-    parser.add_argument("--generator", choices=GENERATES, default=H2LOAD,
+    parser.add_argument("--generator", choices=GENERATORS, default=H2LOAD,
         help="makes the load of plain unary calls (h2load); perf_analyzer can make no other")  # fmt: skip
     return parser
 
@@ -148,7 +149,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 def write_models(repository: Path) -> str:
     """Write every model of the table that can be written here; their names."""
-    names = [name for name in GENERATORS if find_ocr() is not None or not name.startswith(OCR)]
+    names = [name for name in MODELS if find_ocr() is not None or not name.startswith(OCR)]
     for name in names:
         generate(name, repository)
     return f"written to {repository}: {', '.join(names)}"
@@ -235,12 +236,12 @@ class Bench:
 
     def measurement(self, case: Case) -> Measurement:
         """How a case is measured."""
-        model, scratch, generate = self.models[case.model], self.scratch, GENERATES[self.setup.generator]
+        model, scratch, generator = self.models[case.model], self.scratch, GENERATORS[self.setup.generator]
         if case.load is None:
             return LoopMeasurement(model)
         for peer in self.setup.peers:
             if peer.name == case.who:
-                return oip.PeerMeasurement(peer, model, case.load, scratch, generate)
+                return oip.PeerMeasurement(peer, model, case.load, scratch, generator)
         server = self.servers[case.who]
         if model.variants:
             return LengthsMeasurement(model, server, case.load, scratch)
@@ -255,7 +256,7 @@ class Bench:
             return StreamMeasurement(model, server, case.load, scratch)
         if case.who in (UNIQUE, CACHED_UNIQUE):
             return UniqueMeasurement(case.who, model, server, case.load, scratch)
-        return SluiceMeasurement(case.who, model, server, case.load, scratch, generate)
+        return SluiceMeasurement(case.who, model, server, case.load, scratch, generator)
 
 
 def take_turns(measurements: Sequence[Measurement], plan: Plan) -> list[Row]:

@@ -13,7 +13,7 @@ import grpc
 
 from loadtests.h2load import Load, LoadError
 from loadtests.models import BenchModel
-from loadtests.peers import NATIVE, SERVICE, Counters, Generate, ServerMeasurement
+from loadtests.peers import NATIVE, SERVICE, Counters, Generator, ServerMeasurement
 from loadtests.plan import Case
 from loadtests.processes import ServerProcess
 from loadtests.results import Key, Target, p50, p99, rate
@@ -101,9 +101,9 @@ class PeerMeasurement(ServerMeasurement):
     """A server that somebody else started."""
 
     def __init__(
-        self, peer: Peer, model: BenchModel, load: Load, scratch: Path, generate: Generate | None = None
+        self, peer: Peer, model: BenchModel, load: Load, scratch: Path, generator: Generator | None = None
     ) -> None:
-        super().__init__(model, ServerProcess(None, peer.port, host=peer.host), load, scratch, generate)
+        super().__init__(model, ServerProcess(None, peer.port, host=peer.host), load, scratch, generator)
         self.who = peer.name
         self._peer = peer
 

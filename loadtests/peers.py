@@ -95,12 +95,14 @@ class ServerMeasurement(Measurement):
         server: ServerProcess,
         load: Load,
         scratch: Path,
-        generate: "Generate | None" = None,
+        generator: "Generator | None" = None,
     ) -> None:
         self.model = model
         self.in_flight = load.in_flight
         self.load = str(load)
-        self._generate = generate
+        self._generator = generator
+        if generator is not None:
+            self.generator = generator.name
         self._server = server
         self._load = load
         self._scratch = scratch
@@ -152,8 +154,8 @@ class ServerMeasurement(Measurement):
 
     def load_with(self, reply: bytes, requests: int) -> h2load.Measured:
         """Send so many requests, all of which are to be answered as this one was."""
-        if self._generate is not None:
-            return self._generate(self._server.address, self.model, self._load, requests / self._rate)
+        if self._generator is not None:
+            return self._generator.run(self._server.address, self.model, self._load, requests / self._rate)
         request = h2load.grpc_request(METHOD, self.model.request, len(reply))
         return h2load.run(self._server.address, request, self._load, requests, self._scratch)
 
@@ -176,8 +178,12 @@ class Counters:
     executions: int
 
 
-Generate = Callable[[str, BenchModel, Load, float], h2load.Measured]
-"""Loads HOST:PORT with requests to a model for about so many seconds, in the place of h2load."""
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """What makes the load of unary calls in the place of h2load: HOST:PORT, model, load, for about how many seconds."""
+
+    name: str
+    run: Callable[[str, BenchModel, Load, float], h2load.Measured]
 
 
 def counted(before: Counters | None, after: Counters | None) -> float:
@@ -213,9 +219,9 @@ class SluiceMeasurement(ServerMeasurement):
         server: ServerProcess,
         load: Load,
         scratch: Path,
-        generate: Generate | None = None,
+        generator: Generator | None = None,
     ) -> None:
-        super().__init__(model, server, load, scratch, generate)
+        super().__init__(model, server, load, scratch, generator)
         self.who = who
 
     def check_reply(self, reply: bytes) -> None:

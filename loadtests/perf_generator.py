@@ -7,6 +7,7 @@ looked at before and after it, and the server's counters say how many there were
 
 from loadtests.h2load import Load, LoadError, Measured
 from loadtests.models import BenchModel
+from loadtests.peers import Generator
 from loadtests.perf_sweep import FEW_THREADS, STEADY, SweepFailed, analyze, find
 from sluice_proto.grpc_service_pb2 import ModelInferRequest
 
@@ -26,6 +27,9 @@ def generate(address: str, model: BenchModel, load: Load, duration_s: float) -> 
     if run.errors or run.effort is None:
         raise LoadError(f"perf_analyzer failed on {model.name}: {'; '.join(run.errors)}")
     return Measured(None, run.inferences_per_s, run.p50_ms, run.p99_ms, run.effort)
+
+
+GENERATOR = Generator(NAME, generate)
 
 
 def command(address: str, model: BenchModel, in_flight: int, window_ms: int) -> list[str]:

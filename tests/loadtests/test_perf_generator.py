@@ -50,7 +50,7 @@ def test_a_run_by_perf_analyzer_counts_requests_and_says_what_it_left_out(
 def test_an_error_of_the_server_fails_the_load(tmp_path: Path, transport: str) -> None:
     model = generate("identity", tmp_path / "models")
     with processes.sluice(tmp_path / "models", tmp_path, transport) as server:
-        measured = SluiceMeasurement("ours", model, server, Load(1, 2), tmp_path, perf_generator.generate)
+        measured = SluiceMeasurement("ours", model, server, Load(1, 2), tmp_path, perf_generator.GENERATOR)
         measured.prepare(0.1)
         unknown = generate("digits_mlp", tmp_path / "others")
         with pytest.raises(LoadError, match="perf_analyzer failed on digits_mlp: "):
