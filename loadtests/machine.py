@@ -15,14 +15,19 @@ QUIET_LOAD = 0.5
 
 
 def describe(generator: str) -> dict[str, str]:
-    """Facts by name, in the order to print them."""
+    """Facts by name, in the order to print them, for what this generator measures."""
+    return host() | {"generator": _generator_version(generator)}
+
+
+def host() -> dict[str, str]:
+    """Facts by name, in the order to print them, of the machine and the packages."""
     return {
         "processor": cpu_model((PROC / "cpuinfo").read_text()),
         "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
         "load": f"{_load():.2f} on average over the last minute, before the start",
         "memory": f"{total_bytes((PROC / 'meminfo').read_text()) / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "generator": _generator_version(generator),
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
     }
 
 

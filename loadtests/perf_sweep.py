@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loadtests import effort, processes
-from loadtests.effort import Effort
+from loadtests.effort import Effort, is_limit
 from loadtests.models import generate
 from loadtests.processes import ServerFailed
-from loadtests.table import markdown
+from loadtests.table import LIMITED, LIMITED_NOTE, markdown
 from sluice_server.transport.choice import TransportChoice
 
 TOOLS = Path(__file__).resolve().parents[1] / ".tools"
@@ -68,7 +68,7 @@ RUN_TIMEOUT_S = 300.0
 
 _THREAD_ERROR = re.compile(r"^Thread \[\d+\] had error: (.+)$", re.MULTILINE)
 
-HEAD = ("way in", "in flight", "inferences/s", "p50 ms", "p99 ms", "errors")
+HEAD = ("way in", "in flight", "inferences/s", "p50 ms", "p99 ms", "perf_analyzer busy", "errors")
 
 
 class SweepFailed(Exception):
@@ -98,6 +98,11 @@ class Run:
     errors: tuple[str, ...] = ()
     effort: Effort | None = None
     """Of perf_analyzer; None when it did not end."""
+
+    @property
+    def generator_was_limit(self) -> bool:
+        """Whether perf_analyzer itself was what limited the run."""
+        return self.effort is not None and is_limit(self.effort.busy, self.effort.waiting)
 
     def __str__(self) -> str:
         found = f"{len(self.errors)} errors" if self.errors else f"{self.inferences_per_s:,.0f} inferences/s"
@@ -216,12 +221,14 @@ def read(table: str, way: str, concurrency: int) -> Run:
 def render(runs: Sequence[Run]) -> str:
     """The table, and below it each error with its run."""
     errors = [f"{run.way}, {run.concurrency} in flight: {text}" for run in runs for text in run.errors]
-    return "\n".join([markdown([HEAD, *map(_cells, runs)], words=1), *errors])
+    notes = [LIMITED_NOTE] if any(run.generator_was_limit for run in runs) else []
+    return "\n".join([markdown([HEAD, *map(_cells, runs)], words=1), *notes, *errors])
 
 
 def _cells(run: Run) -> tuple[str, ...]:
-    measured = (f"{run.inferences_per_s:,.0f}", f"{run.p50_ms:.2f}", f"{run.p99_ms:.2f}")
-    return (run.way, str(run.concurrency), *(("", "", "") if run.errors else measured), str(len(run.errors)))
+    busy = "" if run.effort is None else f"{run.effort.busy:.0%}{LIMITED * run.generator_was_limit}"
+    measured = (f"{run.inferences_per_s:,.0f}", f"{run.p50_ms:.2f}", f"{run.p99_ms:.2f}", busy)
+    return (run.way, str(run.concurrency), *([""] * len(measured) if run.errors else measured), str(len(run.errors)))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ LIMITED_NOTE = f"{LIMITED} the load generator was the limit (busy, or waiting fo
 
 def render_report(record: Record) -> str:
     """Everything that was measured, and then the machine."""
-    facts = {**record.machine, "packages": ", ".join(f"{name} {which}" for name, which in record.versions.items())}
-    return f"{render_tables(record)}\n\n{render_machine(facts)}"
+    return f"{render_tables(record)}\n\n{render_machine(record.machine)}"
 
 
 def render_tables(record: Record) -> str:
