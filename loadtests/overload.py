@@ -5,6 +5,8 @@ right before. How long a refusal takes is read from the server's trace file, fro
 the client's own figure beside it has the client and the loopback in it.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,7 @@ from loadtests.h2load import Load
 from loadtests.peers import METHOD, probe
 from loadtests.processes import ServerProcess
 from loadtests.procfs import read_rss_bytes
+from loadtests.server_traces import Trace
 from loadtests.timed import Times
 from sluice_client.load.latencies import Records, quantile
 
@@ -71,7 +74,7 @@ class Overload(Experiment):
             before_bytes = read_rss_bytes(server.pid)
             run = open_load(server.address, timed.request("objective"), times_s, PATIENCE_S)
             added_bytes = read_rss_bytes(server.pid) - before_bytes
-        found = [trace for trace in server_traces.read(traces) if trace.model == "objective"]
+        found = settled(server_traces.read(traces), WARMUP * place.measure_s)
         times_ms = np.array([(trace.ended_ns - trace.received_ns) / 1e6 for trace in found])
         is_accepted = np.array([trace.started_ns is not None for trace in found])
         steady = run.records.between(WARMUP * place.measure_s, over_s)
@@ -99,6 +102,13 @@ class Overload(Experiment):
         count = round(RUN.rows_per_s(ROWS) * self.place.measure_s / 2)
         count += -count % FULL.in_flight
         return h2load.run(server.address, call, FULL, count, self.place.scratch).requests_per_s
+
+
+def settled(traces: Iterable[Trace], after_s: float) -> list[Trace]:
+    """Those of the overload that came so long after its first request."""
+    found = [trace for trace in traces if trace.model == "objective"]
+    from_ns = min(trace.received_ns for trace in found) + after_s * 1e9
+    return [trace for trace in found if trace.received_ns >= from_ns]
 
 
 def refused_ms(records: Records) -> NDArray[np.float64]:

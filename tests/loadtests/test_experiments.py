@@ -87,6 +87,12 @@ def test_of_the_static_settings_the_one_with_the_most_answers_within_the_objecti
     assert pick([Trial(1, 0.0, float("nan")), late]) is late
 
 
+def test_what_the_server_did_before_it_knew_its_run_times_is_left_out() -> None:
+    first, early, other = Trace("objective", 5, 6, 7), Trace("objective", 10**9, 6, 7), Trace("static", 9 * 10**9, 6, 7)
+    late = Trace("objective", 2 * 10**9, None, 7)
+    assert overload.settled([early, first, other, late], after_s=1.5) == [late]
+
+
 def test_times_of_refusals_are_from_the_real_sending_on() -> None:
     records = Records.of([0.0, 1.0, 2.0], [0.5, 1.5, 2.5], [0.502, 1.9, 2.501], [REFUSED, OK, REFUSED])
     assert refused_ms(records) == pytest.approx([2.0, 1.0])
