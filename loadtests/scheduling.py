@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from loadtests import timed
-from loadtests.experiment import Outcome, Place, Promise
+from loadtests.experiment import Figure, Outcome, Place, Promise
 from loadtests.plan import EXPERIMENTS, Plan
 from loadtests.results import Finding, Goal
 
@@ -33,20 +33,19 @@ def measure(plan: Plan, transport: str, scratch: Path, say: Callable[[str], None
 def to_findings(case: str, outcomes: Sequence[Outcome]) -> list[Finding]:
     """Each figure over the rounds."""
     return [
-        Finding(case, figure.who, figure.name, figure.unit, tuple(each.figures[figure] for each in outcomes))
-        for figure in outcomes[0].figures
+        Finding(case, figure.who, figure.name, figure.unit, _rounds(figure, outcomes)) for figure in outcomes[0].figures
     ]
 
 
 def to_goals(promises: Sequence[Promise], outcomes: Sequence[Outcome]) -> list[Goal]:
     """What was promised; the generator counts as the limit where it was that in most rounds."""
     was_limit = sum(bool(each.problem) for each in outcomes) * 2 > len(outcomes)
-    return [
-        Goal(
-            each.text, tuple(outcome.figures[each.figure] for outcome in outcomes), each.limit, each.at_least, was_limit
-        )
-        for each in promises
-    ]
+    return [Goal(each.text, _rounds(each.figure, outcomes), each.limit, each.at_least, was_limit) for each in promises]
+
+
+def _rounds(figure: Figure, outcomes: Sequence[Outcome]) -> tuple[float, ...]:
+    """Its value in each round, as Python's number whatever measured it."""
+    return tuple(float(each.figures[figure]) for each in outcomes)
 
 
 def _brief(outcome: Outcome) -> str:

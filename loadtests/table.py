@@ -11,7 +11,9 @@ COLUMNS = ("model", "who", "in flight", "requests/s", "server CPU us/request", "
            "generator CPU us/request")  # fmt: skip
 
 LIMITED = "†"
-LIMITED_NOTE = f"{LIMITED} the load generator was the limit (busy, or waiting for a CPU, for nine tenths of its time)."
+LIMITED_NOTE = (
+    f"{LIMITED} the load generator was the limit (busy or waiting for a CPU for nine tenths of its time, or late)."
+)
 
 
 def render_report(record: Record) -> str:

@@ -19,6 +19,7 @@ from loadtests.ort_loop import session_options
 from loadtests.overload import REFUSED, refused_ms
 from loadtests.peers import probe
 from loadtests.plan import EXPERIMENTS, PARTS, Plan
+from loadtests.record import Record, from_json, to_json
 from loadtests.scheduling import to_findings, to_goals
 from loadtests.server_traces import Trace
 from loadtests.steps import SLO_S, Trial, pick
@@ -40,7 +41,8 @@ def place(folder: Path, transport: str = "auto") -> Place:
 
 
 def test_rounds_become_figures_and_goals() -> None:
-    outcomes = [Outcome({QUICK: value, SLOW: 2 * value}) for value in (1.0, 3.0, 2.0)]
+    """Of whatever kind the numbers are, the record of them is one that JSON can hold."""
+    outcomes = [Outcome({QUICK: value, SLOW: np.float64(2 * value)}) for value in (1, 3, 2)]
     findings = to_findings("a case", outcomes)
     assert [(each.who, each.figure, each.unit, each.rounds) for each in findings] == [
         ("sluice", "latency", "ms", (1.0, 3.0, 2.0)),
@@ -51,6 +53,8 @@ def test_rounds_become_figures_and_goals() -> None:
     )
     assert (met.is_met, met.value.median, met.generator_was_limit) == (True, 2.0, False)
     assert (missed.is_met, missed.value.median) == (False, 4.0)
+    record = Record(findings=tuple(findings), goals=(met, missed))
+    assert from_json(json.loads(json.dumps(to_json(record)))) == record
 
 
 @pytest.mark.parametrize(("problems", "was_limit"), [(["late", "", ""], False), (["late", "late", ""], True)])
