@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
     parser.add_argument("--rounds", type=int, help="(5)")
     parser.add_argument("--seconds", type=float, help="of each measurement in a round (2.5)")
-    parser.add_argument("--quick", action="store_true", help="one short round and less memory: about two minutes")
+    parser.add_argument("--quick", action="store_true", help="one short round and less memory: some three minutes")
     parser.add_argument("--strict", action="store_true", help="exit code 1 when a goal is missed or not measured")
     parser.add_argument("--json", type=Path, default=records.LATEST, metavar="FILE",
         help="the result file (loadtests/results/latest.json)")  # fmt: skip

@@ -81,7 +81,8 @@ def compare(old: Sequence[Goal], new: Sequence[Goal]) -> list[Change]:
 def _change(text: str, old: Goal | None, new: Goal | None) -> Change:
     if old is None or new is None:
         return Change(text, old, new, Verdict.NEW if old is None else Verdict.GONE)
-    if old.at_least != new.at_least or min(len(old.rounds), len(new.rounds)) < ROUNDS_MIN:
+    is_measured = not any(map(math.isnan, (*old.rounds, *new.rounds)))
+    if old.at_least != new.at_least or min(len(old.rounds), len(new.rounds)) < ROUNDS_MIN or not is_measured:
         return Change(text, old, new, Verdict.UNKNOWN)
     was, now = old.value, new.value
     move = was.median - now.median if old.at_least else now.median - was.median

@@ -91,4 +91,4 @@ class Plan:
 
 QUICK = Plan(rounds=1, round_s=1.5, trial_s=0.25, soak_requests=((GRPCIO, 30_000), (NATIVE, 100_000)), open_rounds=1,
              open_s=4.0)  # fmt: skip
-"""Two minutes: enough to see about where the figures are; one round has no spread."""
+"""Some three minutes: enough to see about where the figures are; one round has no spread."""

@@ -8,21 +8,21 @@ capacity.
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from loadtests import processes, timed
 from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, open_load
+from loadtests.h2load import LoadError
 from loadtests.processes import ServerProcess
 from loadtests.timed import Times
-from sluice_client.load.latencies import Records, quantile
-from sluice_client.load.open_loop import Run
+from sluice_client.load.latencies import quantile
 
 RUN, ROWS, SLO_S = Times(10, 2.5), 32, 0.15
-GRID = (4, 8, 16, 24)
+GRID = (8, 16, 24)
 """With RUN, two runs of 24 rows just end within the objective."""
 OVERLOAD = 1.4
 """What a size is tried with, over what it should be able to do."""
 STEPS = (0.1, 1.0, 0.3)
+TRIAL_SHARE, STEP_SHARE = 0.25, 0.4
+"""Of a measurement: how long a size of the grid is tried, and a step is held."""
 SETTLING = 0.25
 """After a change of the load, over what is measured then."""
 PATIENCE_S = 10.0
@@ -35,6 +35,15 @@ P99 = {step: Figure(OURS, f"p99 at {step:.0%} of the capacity", "ms") for step i
 P99_WORST = Figure(f"{OURS} over the objective", "p99 in the worst step")
 OURS_AT_FULL = Figure(OURS, AT_FULL.name, "/s")
 RATIO = Figure(f"{OURS} over {STATIC}", AT_FULL.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What was measured of one load, and why the generator was the limit, "" when it was not."""
+
+    answers_per_s: float
+    p99_s: float
+    problem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +72,16 @@ class Steps(Experiment):
         objective = f'parameters {{ key: "slo_p99_ms" value {{ string_value: "{SLO_S * 1e3:.0f}" }} }}'
         place.write("objective", RUN, f"max_batch_size: {ROWS}\ndynamic_batching {{ }}\n{objective}")
 
-    @property
-    def _steady_s(self) -> float:
-        return self.place.measure_s / 2
-
     def measure(self) -> Outcome:
-        """Eight loads, of half a measurement each."""
+        """Seven loads: those of the grid a quarter of a measurement each, the others two fifths."""
         place = self.place
         with processes.sluice(place.repository, place.scratch, place.transport) as server:
             best = pick([self._try(server, size) for size in GRID])
-            by_hand = self._load(server, _static(best.size), best.answers_per_s)
-            runs = {step: self._load(server, "objective", step * best.answers_per_s) for step in STEPS}
-        p99_s = {step: quantile(self._steady(run).response_s, 0.99) for step, run in runs.items()}
-        at_full, ours = self._answers_per_s(by_hand), self._answers_per_s(runs[1.0])
+            steady_s = place.measure_s * STEP_SHARE
+            by_hand = load(server, _static(best.size), best.answers_per_s, steady_s)
+            runs = {step: load(server, "objective", step * best.answers_per_s, steady_s) for step in STEPS}
+        p99_s = {step: window.p99_s for step, window in runs.items()}
+        at_full, ours = by_hand.answers_per_s, runs[1.0].answers_per_s
         figures = {
             SIZE: best.size,
             CAPACITY: best.answers_per_s,
@@ -85,30 +91,35 @@ class Steps(Experiment):
             OURS_AT_FULL: ours,
             RATIO: ours / at_full,
         }
-        problems = (run.generator.problem for run in (by_hand, *runs.values()))
-        return Outcome(figures, next(filter(None, problems), ""))
+        return Outcome(figures, next(filter(None, (window.problem for window in (by_hand, *runs.values()))), ""))
 
     def _try(self, server: ServerProcess, size: int) -> Trial:
-        run = self._load(server, _static(size), OVERLOAD * RUN.rows_per_s(size))
-        return Trial(size, self._answers_per_s(run), quantile(self._steady(run).response_s, 0.99))
+        rate = OVERLOAD * RUN.rows_per_s(size)
+        found = load(server, _static(size), rate, self.place.measure_s * TRIAL_SHARE)
+        return Trial(size, found.answers_per_s, found.p99_s)
 
-    def _load(self, server: ServerProcess, model: str, rate: float) -> Run:
-        times_s = at_random(rate, (1 + SETTLING) * self._steady_s)
-        return open_load(server.address, timed.request(model), times_s, PATIENCE_S)
 
-    def _steady(self, run: Run) -> Records:
-        return run.records.between(SETTLING * self._steady_s, (1 + SETTLING) * self._steady_s)
-
-    def _answers_per_s(self, run: Run) -> float:
-        return len(self._steady(run).response_s) / self._steady_s
+def load(server: ServerProcess, model: str, rate: float, steady_s: float) -> Window:
+    """Load a model at this rate for so long, and a little before that which is not measured."""
+    settling_s = SETTLING * steady_s
+    times_s = at_random(rate, settling_s + steady_s)
+    run = open_load(server.address, timed.request(model), times_s, PATIENCE_S)
+    response_s = run.records.between(settling_s, settling_s + steady_s).response_s
+    return Window(len(response_s) / steady_s, quantile(response_s, 0.99), run.generator.problem)
 
 
 def pick(trials: list[Trial]) -> Trial:
-    """The most answers a second within the objective; where none keeps it, the one that comes nearest."""
-    keeping = [trial for trial in trials if trial.p99_s <= SLO_S]
+    """The most answers a second within the objective; where none keeps it, the one that comes nearest.
+
+    LoadError when none of them answered anything.
+    """
+    answering = [trial for trial in trials if trial.answers_per_s]
+    if not answering:
+        raise LoadError("no static setting answered a single request: this machine is too busy to measure anything")
+    keeping = [trial for trial in answering if trial.p99_s <= SLO_S]
     if keeping:
         return max(keeping, key=lambda trial: trial.answers_per_s)
-    return min(trials, key=lambda trial: np.inf if np.isnan(trial.p99_s) else trial.p99_s)
+    return min(answering, key=lambda trial: trial.p99_s)
 
 
 def _static(size: int) -> str:

@@ -12,7 +12,7 @@ COLUMNS = ("model", "who", "in flight", "requests/s", "server CPU us/request", "
 
 LIMITED = "†"
 LIMITED_NOTE = (
-    f"{LIMITED} the load generator was the limit (busy or waiting for a CPU for nine tenths of its time, or late)."
+    f"{LIMITED} the load generator was the limit: nine tenths of its time busy or waiting for a CPU, or late."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,10 @@ def test_what_was_zero_and_is_not_any_more_is_worse() -> None:
 def test_one_round_tells_no_spread_and_is_not_judged() -> None:
     assert verdict(goal(10.0), goal(5.0, 5.0, 5.0)) is Verdict.UNKNOWN
     assert verdict(goal(10.0, 10.0, 10.0), goal(5.0)) is Verdict.UNKNOWN
+
+
+def test_a_round_that_could_not_be_measured_is_not_judged() -> None:
+    assert verdict(goal(10.0, 10.0, 10.0), goal(5.0, math.nan, 5.0)) is Verdict.UNKNOWN
 
 
 def test_ratios_of_one_run_alone_are_told_apart() -> None:

@@ -13,6 +13,7 @@ import pytest
 from loadtests import burst, coalesce, overload, processes, server_traces, steps, timed
 from loadtests.coalesce import Coalesce
 from loadtests.experiment import Experiment, Figure, Outcome, Place, Promise, at_random, open_load
+from loadtests.h2load import LoadError
 from loadtests.models import generate
 from loadtests.neighbours import FLAGS, MODELS, OTHERS, write
 from loadtests.ort_loop import session_options
@@ -89,6 +90,8 @@ def test_of_the_static_settings_the_one_with_the_most_answers_within_the_objecti
     later = Trial(24, 500.0, 1.0)
     assert pick([later, late]) is late
     assert pick([Trial(1, 0.0, float("nan")), late]) is late
+    with pytest.raises(LoadError, match="no static setting answered"):
+        pick([Trial(1, 0.0, float("nan"))])
 
 
 def test_what_the_server_did_before_it_knew_its_run_times_is_left_out() -> None:
