@@ -106,7 +106,7 @@ class Sidecar:
         self._wait(lambda: len(self.healthy()) == count, f"{count} replicas are healthy")
 
     def drain(self) -> None:
-        """Begin to end: GET /ready is 503, clients get GOAWAY, their calls go on; after DRAIN_S nobody is listened to."""
+        """Begin to end: GET /ready is 503, clients get GOAWAY, calls go on; after DRAIN_S it listens to nobody."""
         self.post("/healthcheck/fail")
         self.post("/drain_listeners?graceful")
 
