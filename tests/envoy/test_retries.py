@@ -167,7 +167,7 @@ def test_retries_have_a_budget(start_replica, start_edge):
     one.model("echo").drain()
     with ExitStack() as stack:
         session = stack.enter_context(held(other.model("echo")))
-        calls = [call_with(edge, "ModelInfer", echo(value)) for value in range(300)]
+        calls = [call_with(edge, "ModelInfer", echo(value)) for value in range(600)]
         eventually(lambda: edge.envoy.stat(OVER_BUDGET) > 0, "a retry is not made, as too many are in flight")
         retried = edge.envoy.stat(RETRIES)
         session.release()
