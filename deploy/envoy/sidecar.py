@@ -183,7 +183,8 @@ def sidecar(variant: Variant) -> Iterator[Sidecar]:
             "--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate",
             "--file-flush-interval-msec", "100",
         ]  # fmt: skip
-        process = subprocess.Popen(command)  # noqa: S603 - our own configuration
+        # In a group of its own, so that Ctrl-C does not cut what is in flight.
+        process = subprocess.Popen(command, process_group=0)  # noqa: S603 - our own configuration
         try:
             yield Sidecar(process, folder)
         finally:
