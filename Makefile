@@ -14,7 +14,7 @@ TOOLS := .tools
 GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
 
-.PHONY: help setup serve demo test check proto models bench sweep fuzz perf_analyzer grpcurl silero loadtest image clean
+.PHONY: help setup serve demo test check proto models bench sweep replay-check fuzz perf_analyzer grpcurl silero loadtest image clean
 
 help:
 	@echo "make serve     serve the demo models on ports 8001 (gRPC), 8000 (HTTP), 8002 (metrics)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
 	@echo "make sweep     Triton's perf_analyzer over gRPC, streams, shared memory and REST, at rising concurrency"
+	@echo "make replay-check  capture a load, replay it on time, find no difference, and find a spoiled model"
 	@echo "make fuzz      send the server's parts a million inputs that are wrong (a quarter of an hour)"
 	@echo "make proto     generate the protobuf code again"
 	@echo "make perf_analyzer, make grpcurl     get clients that some tests run, and skip without"
@@ -104,6 +105,10 @@ bench: $(VENV)/.bench $(VENV)/.native
 # Ends with 1 when any request failed.
 sweep: $(VENV)/.dev $(VENV)/.native $(TOOLS)/bin/perf_analyzer
 	@$(BIN)/python -m loadtests.perf_sweep $(SWEEP_FLAGS)
+
+# Ends with 1 when a goal was missed.
+replay-check: $(VENV)/.dev $(VENV)/.native
+	@$(BIN)/python -m loadtests.replay_check $(REPLAY_FLAGS)
 
 # What coverage-guided fuzzing needs.
 $(VENV)/.fuzz: $(VENV)/.dev
