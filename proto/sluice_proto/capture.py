@@ -12,8 +12,8 @@ An arrival counts from the start on the monotonic clock, and is when the request
 time lasts from then until the server gave its answer out. Time to the deadline of 0: there was none. `code` is gRPC's.
 A response of no bytes: there was none, or it was not to be kept.
 
-A record is written at once, so that a file whose writer was killed lacks the end of its last record at most; reading
-stops before that. Anything else that is wrong is a CaptureError, which says where.
+Records are only added, so that a file whose writer was killed lacks the end of its last record at most; reading stops
+before that. Anything else that is wrong is a CaptureError, which says where.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from sluice_proto.errors import CaptureError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 Data: TypeAlias = bytes | memoryview
@@ -100,13 +101,19 @@ class CaptureWriter:
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         self._write((_HEAD.pack(MAGIC, VERSION, head.started_unix_ns, head.rate),))
 
-    def append(self, request: CapturedRequest) -> bool:
-        """Add a request; False when it does not fit. After an OSError the file is as it was before."""
-        parts = _record(request)
-        if self.size_bytes + sum(map(len, parts)) > self._max_bytes:
-            return False
+    def append(self, requests: Iterable[CapturedRequest]) -> int:
+        """Add requests in one go, up to the first that does not fit; how many. None is there after an OSError."""
+        parts: list[Data] = []
+        size_bytes, count = self.size_bytes, 0
+        for request in requests:
+            record = _record(request)
+            size_bytes += sum(map(len, record))
+            if size_bytes > self._max_bytes:
+                break
+            parts += record
+            count += 1
         self._write(parts)
-        return True
+        return count
 
     def close(self) -> None:
         """End the file; once more does nothing."""
@@ -114,7 +121,7 @@ class CaptureWriter:
         if file is not None:
             os.close(file)
 
-    def _write(self, parts: tuple[Data, ...]) -> None:
+    def _write(self, parts: Sequence[Data]) -> None:
         assert self._file is not None, "it is open"
         rest = memoryview(b"".join(parts))
         size_bytes = len(rest)

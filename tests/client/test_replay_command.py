@@ -127,8 +127,7 @@ def test_the_text_goes_to_people(start_server, repository, file, capsys):
 
 def written(path: Path, *requests: CapturedRequest) -> Path:
     writer = CaptureWriter(path, CaptureHead(0, 1.0), 1 << 20)
-    for each in requests:
-        writer.append(each)
+    writer.append(requests)
     writer.close()
     return path
 

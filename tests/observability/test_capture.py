@@ -14,7 +14,7 @@ from sluice_server.observability import write_behind
 from sluice_server.observability.capture import Capturable, Capture, CaptureOptions, Ended, LeftOut
 from sluice_server.protocol.capturable import Preparation
 from sluice_server.status import Code
-from support.fakes import RecordingCall
+from support.fakes import RecordingCall, eventually
 from support.requests import infer_request
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def test_a_disk_that_fails_ends_the_capture_and_no_request(tmp_path, caplog):
     resource = pytest.importorskip("resource")
     capture = opened(tmp_path / "c")
     put(capture)
+    eventually(lambda: capture.usage().requests == 1, "the first one is written")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:

@@ -23,7 +23,7 @@ from sluice_proto.capture import CapturedRequest, CaptureHead, CaptureWriter
 from sluice_server.observability.write_behind import WriteBehind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from sluice_proto.grpc_service_pb2 import ModelInferRequest
@@ -156,22 +156,26 @@ class Capture:
         left_out = {f"left_out_{reason}": count for reason, count in usage.left_out.items() if count}
         logger.info("captured requests", extra={"requests": usage.requests, "bytes": usage.size_bytes, **left_out})
 
-    def _write(self, ended: Ended) -> None:
+    def _write(self, several: Sequence[Ended]) -> None:
         if self._stopped_by is not None:
-            self._left_out[self._stopped_by] += 1
+            self._left_out[self._stopped_by] += len(several)
             return
-        found = self._prepare(ended)
-        if isinstance(found, LeftOut):
-            self._left_out[found] += 1
-            return
+        records = []
+        for ended in several:
+            found = self._prepare(ended)
+            if isinstance(found, LeftOut):
+                self._left_out[found] += 1
+            else:
+                records.append(self._record(ended, found))
         assert self._file is not None, "it is made before this thread"
         try:
-            if self._file.append(self._record(ended, found)):
-                self._requests += 1
-            else:
-                self._stop(LeftOut.FULL, "the file is as large as it may be")
+            written = self._file.append(records)
         except OSError as error:
-            self._stop(LeftOut.DISK, str(error))
+            self._stop(LeftOut.DISK, str(error), len(records))
+            return
+        self._requests += written
+        if written < len(records):
+            self._stop(LeftOut.FULL, "the file is as large as it may be", len(records) - written)
 
     def _record(self, ended: Ended, found: Capturable) -> CapturedRequest:
         # What came while the server was about to begin counts as come at its start.
@@ -182,10 +186,10 @@ class Capture:
             arrival_ns, deadline_ns, service_ns, int(ended.code), found.model, found.request, found.answer
         )
 
-    def _stop(self, why: LeftOut, reason: str) -> None:
+    def _stop(self, why: LeftOut, reason: str, left_out: int) -> None:
         self.armed = False
         self._stopped_by = why
-        self._left_out[why] += 1
+        self._left_out[why] += left_out
         logger.warning(
             "no more requests are captured",
             extra={"file": str(self._options.file), "reason": reason, "requests": self._requests},

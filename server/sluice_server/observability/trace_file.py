@@ -24,7 +24,7 @@ from sluice_proto.tensors import of_array
 from sluice_server.observability.write_behind import WriteBehind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
@@ -118,7 +118,7 @@ class TraceFile:
         self._numbered: dict[str, tuple[int, _Document]] = {}
         self._next_number = 0
         self._failing = False
-        self._pending = WriteBehind("trace-file", self._write_record, self._end)
+        self._pending = WriteBehind("trace-file", self._write_records, self._end)
 
     def put(self, record: TraceRecord, *, scope: str, log_frequency: int) -> None:
         """Have a trace written; with a frequency, to the file that is being filled by the settings of `scope`."""
@@ -131,8 +131,11 @@ class TraceFile:
             logger.warning("traces were lost: the disk could not follow", extra={"traces": self._pending.lost})
         return ended
 
-    def _write_record(self, item: tuple[TraceRecord, str, int]) -> None:
-        record, scope, log_frequency = item
+    def _write_records(self, items: Sequence[tuple[TraceRecord, str, int]]) -> None:
+        for item in items:
+            self._write_record(*item)
+
+    def _write_record(self, record: TraceRecord, scope: str, log_frequency: int) -> None:
         try:
             self._write(record.encode(), scope, log_frequency)
             self._failing = False

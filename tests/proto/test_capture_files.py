@@ -39,8 +39,7 @@ def request(arrival_ns: int, **changes: object) -> CapturedRequest:
 def written(path: Path, *requests: CapturedRequest, max_bytes: int = 1 << 20) -> Path:
     path.unlink(missing_ok=True)
     writer = CaptureWriter(path, HEAD, max_bytes)
-    for each in requests:
-        assert writer.append(each)
+    assert writer.append(requests) == len(requests)
     writer.close()
     return path
 
@@ -114,8 +113,8 @@ def test_the_file_never_grows_beyond_its_bound(tmp_path):
     size_bytes = path.stat().st_size
     path.unlink()
     writer = CaptureWriter(path, HEAD, size_bytes)
-    assert writer.append(request(1))
-    assert not writer.append(request(2))
+    assert writer.append([request(1), request(2)]) == 1
+    assert writer.append([request(3)]) == 0
     assert path.stat().st_size == writer.size_bytes == size_bytes
     writer.close()
     writer.close()
@@ -126,17 +125,17 @@ def test_the_file_never_grows_beyond_its_bound(tmp_path):
 def test_a_record_that_the_disk_refuses_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "c"
     writer = CaptureWriter(path, HEAD, 1 << 30)
-    assert writer.append(request(1))
+    assert writer.append([request(1)]) == 1
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # A file that may not grow is written in part, and then not at all.
     resource.setrlimit(resource.RLIMIT_FSIZE, (writer.size_bytes + 50, hard))
     try:
         with pytest.raises(OSError, match="large"):
-            writer.append(request(2))
+            writer.append([request(2), request(2)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert writer.append(request(3))
+    assert writer.append([request(3)]) == 1
     writer.close()
     assert plain(read_capture(path)) == [request(1), request(3)]
 
