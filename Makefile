@@ -13,6 +13,8 @@ MODELS := deploy/models
 TOOLS := .tools
 GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
+# Test files side by side, each in one process, as a file's tests may share a server.
+PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help setup serve demo test check proto models bench sweep replay-check fuzz perf_analyzer grpcurl silero loadtest image clean
 
@@ -68,12 +70,12 @@ demo: $(VENV)/.server $(VENV)/.native
 	@$(BIN)/python deploy/demo.py
 
 test: $(VENV)/.dev $(VENV)/.native
-	@$(BIN)/python -m pytest tests/batching --cov --cov-fail-under=100
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/batching --cov --cov-fail-under=100
 ifneq ($(CARGO),)
 	@echo "Compiling the native transport's own tests (a minute or two the first time) ..."
 	@$(CRATE) cargo test --locked --quiet
 endif
-	@$(BIN)/python -m pytest --ignore tests/batching
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) --ignore tests/batching
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -177,10 +177,10 @@ def test_what_is_unclear_is_measured_again_and_all_windows_decide():
     assert told[4][0] < 150
 
 
-def test_a_generator_that_is_the_bottleneck_twice_ends_the_search():
+def test_a_generator_that_is_the_bottleneck_each_time_ends_the_search():
     capacity, told = search(lambda rate: step(rate, 5 if rate < 300 else 0, "busy" if rate > 300 else ""))
     assert (capacity.rate_per_s, capacity.end) == (200, End.GENERATOR)
-    assert [rate for rate, _ in told] == [100, 200, 400, 400]
+    assert [rate for rate, _ in told] == [100, 200, 400, 400, 400]
 
 
 def test_what_a_generator_could_not_send_once_does_not_count():
@@ -196,6 +196,14 @@ def test_what_a_generator_could_not_send_once_does_not_count():
     assert capacity.end is End.FOUND
     assert 250 / 1.05 <= capacity.rate_per_s <= 250
     assert told[1:3] == [(200, Verdict.FAILS), (200, Verdict.HOLDS)]
+
+
+def test_a_rate_that_stays_unclear_when_the_generator_is_itself_again_has_not_held():
+    tries = [step(200, 0, "busy"), step(200, 0, "busy"), step(200, 3)]
+    capacity, told = search(lambda rate: tries.pop(0) if tries and rate == 200 else up_to(190)(rate))
+    assert told[1:4] == [(200, Verdict.FAILS), (200, Verdict.FAILS), (200, Verdict.UNCLEAR)]
+    assert capacity.end is End.FOUND
+    assert capacity.rate_per_s <= 190
 
 
 def test_a_busy_generator_whose_load_holds_all_the_same_has_shown_that():

@@ -12,7 +12,7 @@ which the number of open requests grows by more than a twentieth of the requests
 
 Invariants of the search:
 - A rate that is found has held twice, and the one above it, within the precision, has twice not held.
-- What a generator could not send is never the server's limit: it is measured again, and then ends the search.
+- What a generator could not send is never the server's limit: it is measured again, and ends the search then.
 - No more than `MAX_STEPS` measurements are made.
 """
 
@@ -41,6 +41,12 @@ GROWTH_DEVIATIONS: Final = 3.0
 
 WIDEST: Final = 2.0
 """The ratio of two rates that are tried one after the other where nothing is known yet."""
+
+CLEAR_AFTER: Final = 2
+"""Measurements of a rate that are not clear together have not shown that it holds."""
+
+TRIES: Final = 3
+"""Of a rate: what else runs on the generator's machine may spoil one measurement, or one more."""
 
 MAX_STEPS: Final = 100
 """Ten doublings and ten bisections, each measured twice, and as much again where they contradict each other."""
@@ -254,22 +260,22 @@ class _Search:
                 self._high_per_s = middle_per_s
 
     def _holds(self, rate_per_s: float) -> bool:
-        """Measure a rate, and once more where that is not clear or was the generator's doing."""
-        step = self._take(rate_per_s)
-        verdict = judge(step.met, step.windows, self._plan.confidence)
-        self._tell(step, verdict)
-        if verdict is Verdict.HOLDS:
-            return True
-        if verdict is Verdict.FAILS and not step.problem:
-            return False
-        again = self._take(rate_per_s)
-        together = [again] if step.problem else [step, again]
-        met, windows = sum(each.met for each in together), sum(each.windows for each in together)
-        verdict = judge(met, windows, self._plan.confidence)
-        self._tell(again, verdict)
-        if verdict is not Verdict.HOLDS and again.problem:
+        """Measure a rate, and again where that is not clear, or was the generator's doing."""
+        counting: list[Step] = []
+        for _ in range(TRIES):
+            step = self._take(rate_per_s)
+            met, windows = step.met + sum(s.met for s in counting), step.windows + sum(s.windows for s in counting)
+            verdict = judge(met, windows, self._plan.confidence)
+            self._tell(step, verdict)
+            if verdict is Verdict.HOLDS:
+                return True
+            if not step.problem:
+                counting.append(step)
+                if verdict is Verdict.FAILS or len(counting) == CLEAR_AFTER:
+                    return False
+        if step.problem:
             raise _Stop(End.GENERATOR)
-        return verdict is Verdict.HOLDS
+        return False
 
     def _take(self, rate_per_s: float) -> Step:
         if len(self.steps) >= MAX_STEPS:

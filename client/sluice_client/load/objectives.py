@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 DEFAULT_ERRORS: Final = "errors=0.1%"
 """Latencies are of answers alone, so an objective for them without one for errors could be met by refusing."""
 
+LEAST_SAMPLES: Final = 10
+"""A window of fewer requests is now and then one without any, as they come by chance."""
+
 _LATENCY: Final = re.compile(r"p(\d{1,2}(?:\.\d{1,3})?)")
 _TIME: Final = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s)")
 _SHARE: Final = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -51,7 +54,7 @@ class Objective:
     @property
     def samples(self) -> int:
         """How many requests a window needs, so that this quantile is not just the slowest of them."""
-        return math.ceil(round(1 / (1 - self.share), 6))
+        return max(LEAST_SAMPLES, math.ceil(round(1 / (1 - self.share), 6)))
 
 
 def parse_objectives(texts: Iterable[str]) -> tuple[Objective, ...]:

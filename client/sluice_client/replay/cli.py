@@ -1,4 +1,4 @@
-"""The command `sluice replay`."""
+"""The command `sluice replay`: captured requests sent again, and an exit status for what is different."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Replay = Callable[..., tuple[int, Any]]
 
-COMMANDS = [EntryPoint("replay", "sluice_client.replay.command:replay", cli.COMMANDS_GROUP)]
+COMMANDS = [EntryPoint("replay", "sluice_client.replay.cli:replay", cli.COMMANDS_GROUP)]
 
 UNDECIDED = 3
 """What a replay without a difference ends with when this machine was too busy to send in time."""
