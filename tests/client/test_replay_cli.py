@@ -125,6 +125,20 @@ def test_the_text_goes_to_people(start_server, repository, file, capsys):
     assert "answers: 0 of 23 differ from the recorded ones" in told.out
 
 
+def test_whole_sequences_have_the_same_answers(start_server, repository, tmp_path, run):
+    models.write_accumulator(repository)
+    captures = {"capture": CaptureOptions(tmp_path / "c"), "http": None, "metrics": None}
+    server = start_server(repository, **captures)
+    for step in range(5):
+        parameters = {"sequence_id": 7, "sequence_start": step == 0, "sequence_end": step == 4}
+        server.infer(infer_request("sums", {"INPUT": np.full((1, 1), step)}, parameters=parameters))
+    server.close()
+    server = start_server(repository, http=None, metrics=None)
+    status, found = run(tmp_path / "c", "--endpoint", server.target)
+    assert status in (0, UNDECIDED), found
+    assert (found["compared"], found["differing"]) == (5, 0)
+
+
 def written(path: Path, *requests: CapturedRequest) -> Path:
     writer = CaptureWriter(path, CaptureHead(0, 1.0), 1 << 20)
     writer.append(requests)
@@ -154,6 +168,15 @@ def test_a_server_that_cannot_be_reached_is_told_once(tmp_path, capsys):
     assert cli.main(["replay", str(file), "--endpoint", "127.0.0.1:1", "--deadline", "0.3"], COMMANDS) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sluice replay: UNAVAILABLE")
+
+
+def test_nor_is_a_baseline_that_cannot_be_reached_taken_for_the_same(server: FakeServer, tmp_path, capsys):
+    file = written(tmp_path / "c", ONE)
+    ends = ["--endpoint", server.address, "--baseline-endpoint", "127.0.0.1:1", "--deadline", "0.3"]
+    assert cli.main(["replay", str(file), *ends], COMMANDS) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sluice replay: UNAVAILABLE")
+    assert "127.0.0.1:1" in line
 
 
 @pytest.mark.parametrize(("flags", "fact"), [

@@ -15,9 +15,9 @@ from sluice_client.replay.differences import DEFAULT_TOLERANCES, Answer, Toleran
 from sluice_client.replay.report import as_json, as_text
 from sluice_client.replay.sending import Replayed
 from sluice_client.replay.verdict import (
-    BOTTLENECK,
     DIFFERENT,
     SAME,
+    UNDECIDED,
     Quantile,
     judge,
     measured,
@@ -81,9 +81,9 @@ def test_what_floats_may_be_off_by_is_the_callers():
 def test_a_generator_that_was_the_bottleneck_leaves_no_verdict():
     capture = captured(ONE)
     slow = judge(capture.requests, recorded(capture), replayed(ONE, lag_p99_ms=50, takes_ms=99), limits={50.0: 1.5})
-    assert slow.exit_status == BOTTLENECK
+    assert slow.exit_status == UNDECIDED
     before = measured("other:1", replayed(ONE, lag_p99_ms=50))
-    assert judge(capture.requests, before, replayed(ONE)).exit_status == BOTTLENECK
+    assert judge(capture.requests, before, replayed(ONE)).exit_status == UNDECIDED
 
 
 @pytest.mark.parametrize(("takes_ms", "exit_status"), [(14.9, SAME), (15.1, DIFFERENT)])
@@ -111,6 +111,13 @@ def test_what_cannot_be_compared_is_counted_by_reason():
     verdict = judge(capture.requests, recorded(capture), replayed(ONE, ONE, ONE))
     assert verdict.incomparable == {"expected UNAVAILABLE": 1, "the answer was not kept": 1}
     assert (verdict.compared, verdict.exit_status) == (1, SAME)
+
+
+def test_where_nothing_is_compared_there_is_no_verdict():
+    capture = captured(Answer(UNAVAILABLE))
+    verdict = judge(capture.requests, recorded(capture), replayed(Answer(UNAVAILABLE)))
+    assert (verdict.compared, verdict.exit_status) == (0, UNDECIDED)
+    assert as_text(verdict, capture).splitlines()[-1] == "no verdict: no answer could be compared"
 
 
 def test_requests_that_were_not_sent_are_different():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sluice_client.cli import command_parser, read_tls, run_command, write
+from sluice_client.client import Client
 from sluice_client.errors import InvalidRequest
 from sluice_client.load.open_loop import run_precisely
 from sluice_client.replay.differences import DEFAULT_TOLERANCES
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from sluice_client.client import Client
     from sluice_client.replay.sending import Replayed
     from sluice_proto.capture import Capture
 
@@ -32,7 +32,7 @@ def replay(argv: list[str]) -> int:
     """Send captured requests again at their times, and compare answers and latencies.
 
     Exit status: 0 the same; 1 something differs, or a server cannot be reached; 2 wrong usage, or no capture file;
-    3 no difference, but this machine could not send in time, so that the latencies say nothing.
+    3 no verdict: nothing could be compared, or nothing differs, but this machine could not send in time.
     """
     parser = command_parser("replay", replay)
     add = parser.add_argument
@@ -62,18 +62,25 @@ def _replay(client: Client, arguments: argparse.Namespace) -> int:
     if not 0 < arguments.speed < math.inf:
         raise InvalidRequest(f"--speed is {arguments.speed:g}, must be above 0")
     capture = _read(arguments.file)
-    for endpoint in client.endpoints:
-        client.server_live(endpoint=endpoint)  # or a thousand requests would tell that it cannot be reached
+    _reach(client)
     if arguments.baseline_endpoint is None:
         expected = recorded(capture)
     else:
         baseline = arguments.baseline_endpoint
+        with Client(baseline, deadline_s=_deadline_s(arguments), tls=read_tls(arguments)) as other:
+            _reach(other)
         expected = measured(baseline, _send(capture, [baseline], arguments))
     replayed = _send(capture, client.endpoints, arguments)
     verdict = judge(capture.requests, expected, replayed, tolerances=tolerances, limits=limits)
     text = json.dumps(as_json(verdict, capture)) if arguments.json else as_text(verdict, capture)
     write(sys.stdout, text)
     return verdict.exit_status
+
+
+def _reach(client: Client) -> None:
+    """Raise what it takes when a server cannot be reached, or every request would tell so."""
+    for endpoint in client.endpoints:
+        client.server_live(endpoint=endpoint)
 
 
 def _read(path: Path) -> Capture:
@@ -90,7 +97,9 @@ def _send(capture: Capture, endpoints: Sequence[str], arguments: argparse.Namesp
     last_s = capture.offsets_s()[-1] / arguments.speed
     to = ", ".join(endpoints)
     write(sys.stderr, f"sending {len(capture.requests)} requests to {to}, the last one after {last_s:.1f} s ...")
-    deadline_s = DEFAULT_DEADLINE_S if arguments.deadline is None else arguments.deadline
-    return run_precisely(
-        send_again(capture, endpoints, speed=arguments.speed, deadline_s=deadline_s, tls=read_tls(arguments))
-    )
+    deadline_s, tls = _deadline_s(arguments), read_tls(arguments)
+    return run_precisely(send_again(capture, endpoints, speed=arguments.speed, deadline_s=deadline_s, tls=tls))
+
+
+def _deadline_s(arguments: argparse.Namespace) -> float:
+    return DEFAULT_DEADLINE_S if arguments.deadline is None else arguments.deadline

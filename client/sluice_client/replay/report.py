@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
-from sluice_client.replay.verdict import BOTTLENECK, DIFFERENT, SAME
+from sluice_client.replay.verdict import DIFFERENT, SAME, UNDECIDED
 
 if TYPE_CHECKING:
     from sluice_client.replay.differences import Difference
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHOWN_TEXT, SHOWN_JSON = 10, 1000
 """Requests whose differences are told one by one."""
 
-VERDICTS: Final = {SAME: "same", DIFFERENT: "different", BOTTLENECK: "none"}
+VERDICTS: Final = {SAME: "same", DIFFERENT: "different", UNDECIDED: "none"}
 
 
 def as_text(verdict: Verdict, capture: Capture) -> str:
@@ -37,7 +37,7 @@ def as_text(verdict: Verdict, capture: Capture) -> str:
     if len(verdict.differing) > SHOWN_TEXT:
         lines.append(f"  and {len(verdict.differing) - SHOWN_TEXT} more requests")
     lines += ["", *_table(verdict), "", _sending(verdict)]
-    if verdict.exit_status == BOTTLENECK:
+    if verdict.exit_status == UNDECIDED:
         lines.append(f"no verdict: {verdict.problem}")
     else:
         lines.append(f"verdict: {VERDICTS[verdict.exit_status]}")

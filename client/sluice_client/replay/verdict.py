@@ -1,7 +1,7 @@
 """What a replay shows: which answers differ from what was expected, how latencies moved, and the exit status.
 
 Answers that differ count whatever the generator did. Where none does and the generator was the bottleneck, the load was
-not the one that was captured: then there is no verdict.
+not the one that was captured: then there is no verdict. Nor is there one where no answer could be compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sluice_client.replay.sending import Replayed
     from sluice_proto.capture import Capture, CapturedRequest
 
-SAME, DIFFERENT, BOTTLENECK = 0, 1, 3
+SAME, DIFFERENT, UNDECIDED = 0, 1, 3
 
 SHOWN_SHARES: Final = (50.0, 95.0, 99.0)
 """Quantiles that are always told, in percent."""
@@ -78,8 +78,8 @@ class Expectation:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All that a replay shows. `incomparable` counts requests by why they were not compared; `problem` is why the load
-    was not the one that was captured, or ""."""
+    """All that a replay shows. `incomparable` counts requests by why they were not compared; `problem` is why there
+    is no verdict unless an answer differs, or ""."""
 
     replayed: Replayed
     source: str
@@ -91,11 +91,11 @@ class Verdict:
 
     @property
     def exit_status(self) -> int:
-        """0: the same; 1: answers differ, or latencies do by more than was allowed; 3: the generator was too slow."""
+        """0: the same; 1: answers differ, or latencies do by more than was allowed; 3: there is no verdict."""
         if self.differing:
             return DIFFERENT
         if self.problem:
-            return BOTTLENECK
+            return UNDECIDED
         return SAME if all(each.is_met for each in self.quantiles) else DIFFERENT
 
 
@@ -140,7 +140,8 @@ def judge(
         for percent in sorted({*SHOWN_SHARES, *limits})
     ]
     compared = len(requests) - skipped.total()
-    problem = replayed.run.generator.problem or expected.problem
+    nothing = "" if compared else "no answer could be compared"
+    problem = nothing or replayed.run.generator.problem or expected.problem
     return Verdict(replayed, expected.source, problem, compared, dict(skipped), differing, quantiles)
 
 
