@@ -1,7 +1,7 @@
 """Captures a load on our own server and replays it: on time, without a difference, and with a regression found.
 
 The digits MLP is served with `--capture-file` and gets Poisson arrivals. What was captured is sent again to the same
-model, and to one of whose weights one is 1 % larger. Exit codes: 0 the goals are met, 1 one is missed.
+model, in rounds, and to one of whose weights one is 1 % larger. Exit codes: 0 the goals are met, 1 one is missed.
 """
 
 import argparse
@@ -42,11 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.replay_check", description=__doc__, allow_abbrev=False)
     parser.add_argument("--requests", type=int, default=1000, help="(%(default)s)")
     parser.add_argument("--rate", type=float, default=500.0, help="requests a second (%(default)g)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="on the same version, of which medians count (%(default)s)"
+    )
     parser.add_argument("--transport", choices=[*TransportChoice], default=TransportChoice.AUTO)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            goals = check(Path(folder), args.requests, args.rate, args.transport)
+            goals = check(Path(folder), args.requests, args.rate, args.transport, args.rounds)
         except ServerFailed as error:
             print(f"replay_check: {error}", file=sys.stderr)
             return 1
@@ -59,7 +62,7 @@ def conclude(goals: Sequence[Goal]) -> int:
     return int(not all(goal.is_met for goal in goals))
 
 
-def check(scratch: Path, requests: int, rate_per_s: float, transport: str) -> list[Goal]:
+def check(scratch: Path, requests: int, rate_per_s: float, transport: str, rounds: int) -> list[Goal]:
     """The goals, measured in `scratch`, an empty folder."""
     repository = scratch / "models"
     shutil.copytree(DEMO_DIGITS, repository / MODEL)
@@ -68,20 +71,18 @@ def check(scratch: Path, requests: int, rate_per_s: float, transport: str) -> li
         sent = _load(server.port, requests, rate_per_s)
     assert sent.records.outcomes == {"OK": requests}, sent.records.outcomes
     capture = read_capture(file)
-    same = _replayed(capture, repository, scratch, transport)
+    same = _replayed(capture, repository, scratch, transport, rounds)
     _spoil(repository / MODEL / "1" / "model.onnx")
-    spoiled = _replayed(capture, repository, scratch, transport)
-    captured, gap_error_ms = len(capture.requests) / requests, same.replayed.gap_error_p99_s * 1e3
+    spoiled = _replayed(capture, repository, scratch, transport, 1)
+    captured = summarize([len(capture.requests) / requests])
+    gaps_ms = summarize([verdict.replayed.gap_error_p99_s * 1e3 for verdict in same])
+    differ, found = (summarize([len(verdict.differing) for verdict in verdicts]) for verdicts in (same, spoiled))
     return [
-        _goal("share of the requests that is in the file", captured, 1, at_least=True),
-        _goal("gaps between requests, p99 of their error in ms", gap_error_ms, GAP_ERROR_MS, at_least=False),
-        _goal("different answers of the same version", len(same.differing), 0, at_least=False),
-        _goal("different answers of a spoiled model", len(spoiled.differing), 1, at_least=True),
+        Goal("share of the requests that is in the file", captured, 1, at_least=True),
+        Goal("gaps between requests, p99 of their error in ms", gaps_ms, GAP_ERROR_MS, at_least=False),
+        Goal("different answers of the same version", differ, 0, at_least=False),
+        Goal("different answers of a spoiled model", found, 1, at_least=True),
     ]
-
-
-def _goal(text: str, value: float, limit: float, *, at_least: bool) -> Goal:
-    return Goal(text, summarize([value]), limit, at_least)
 
 
 def _load(port: int, requests: int, rate_per_s: float) -> Run:
@@ -101,12 +102,14 @@ def _load(port: int, requests: int, rate_per_s: float) -> Run:
     return run_precisely(load())
 
 
-def _replayed(capture: Capture, repository: Path, scratch: Path, transport: str) -> Verdict:
+def _replayed(capture: Capture, repository: Path, scratch: Path, transport: str, rounds: int) -> list[Verdict]:
+    verdicts = []
     with processes.sluice(repository, scratch, transport) as server:
-        replayed = run_precisely(replay(capture, f"127.0.0.1:{server.port}", speed=1.0, deadline_s=DEADLINE_S))
-    verdict = judge(capture.requests, recorded(capture), replayed)
-    print(as_text(verdict, capture), end="\n\n", flush=True)
-    return verdict
+        for _ in range(rounds):
+            replayed = run_precisely(replay(capture, f"127.0.0.1:{server.port}", speed=1.0, deadline_s=DEADLINE_S))
+            verdicts.append(judge(capture.requests, recorded(capture), replayed))
+            print(as_text(verdicts[-1], capture), end="\n\n", flush=True)
+    return verdicts
 
 
 def _spoil(file: Path) -> None:

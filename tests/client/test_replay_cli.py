@@ -160,6 +160,18 @@ def test_a_request_has_the_deadline_that_it_had(server: FakeServer, tmp_path):
     assert second_s >= 0.5
 
 
+@pytest.mark.parametrize("speed", [0.5, 1.0, 4.0])
+def test_requests_are_due_at_their_times_from_the_first_on(speed, server: FakeServer, tmp_path):
+    good = infer_request("identity", {}).SerializeToString()
+    arrivals_ms = (500, 520, 560)
+    requests = [CapturedRequest(ms * 1_000_000, 0, 0, 0, "identity", good) for ms in arrivals_ms]
+    capture = read_capture(written(tmp_path / "c", *requests))
+    done = run_precisely(replay(capture, server.address, speed=speed, deadline_s=10))
+    np.testing.assert_allclose(done.run.records.intended_s, np.array([0, 0.02, 0.06]) / speed)
+    assert (done.run.records.sent_s >= done.run.records.intended_s).all()
+    assert done.run.records.outcomes == {"OK": 3}
+
+
 ONE = CapturedRequest(0, 0, 0, 0, "m", b"")
 
 

@@ -10,11 +10,11 @@ from loadtests.summary import summarize
 
 
 def test_a_short_check_captures_everything_replays_it_the_same_and_finds_the_spoiled_model(transport, tmp_path):
-    share, gaps, same, spoiled = replay_check.check(tmp_path, 200, 500.0, transport)
-    assert (share.value.median, share.is_met, same.value.median, same.is_met) == (1, True, 0, True)
+    share, gaps, same, spoiled = replay_check.check(tmp_path, 200, 500.0, transport, 1)
+    assert (share.value.median, share.is_met, same.value.high, same.is_met) == (1, True, 0, True)
     assert spoiled.is_met
-    # What a busy machine makes of it is for `make replay-check`; this is far from a replay that keeps no times.
-    assert 0 < gaps.value.median < 10 * replay_check.GAP_ERROR_MS
+    # Whether this machine is busy is for `make replay-check` to say.
+    assert (gaps.limit, gaps.value.median > 0) == (replay_check.GAP_ERROR_MS, True)
 
 
 @pytest.mark.parametrize(("limit", "status"), [(1.0, 0), (2.0, 1)])
