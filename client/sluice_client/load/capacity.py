@@ -10,6 +10,9 @@ many missed them. What is neither is measured again, and all windows together de
 A server that takes in more than it answers is no server at its limit, however patient the objectives: a load during
 which the number of open requests grows by more than a twentieth of the requests has no window that counts as met.
 
+A miss is the generator's where it used up its core, or was late. It is the server's all the same, although the
+generator was late, if it is there counted from the real sending too, and by more than the generator was late.
+
 Invariants of the search:
 - A rate that is found has held twice, and the one above it, within the precision, has twice not held.
 - What a generator could not send is never the server's limit: it is measured again, and ends the search then.
@@ -30,7 +33,7 @@ from sluice_client.load.latencies import NOT_SENT, summarize
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sluice_client.load.latencies import Quantiles, Records
+    from sluice_client.load.latencies import Generator, Quantiles, Records
     from sluice_client.load.objectives import Objective
 
 GROWTH_MAX: Final = 0.05
@@ -123,15 +126,17 @@ class Windows:
 
 
 def observe(
-    rate_per_s: float, records: Records, windows: Windows, objectives: Sequence[Objective], problem: str = ""
+    rate_per_s: float, records: Records, windows: Windows, objectives: Sequence[Objective], generator: Generator
 ) -> Step:
-    """What a load shows, and whether its generator had a problem."""
+    """What a load shows, and whether that is the generator's doing."""
     met = sum(
         all(objective.is_met(window) for objective in objectives)
         for window in records.windows(windows.warmup_s, windows.width_s, windows.number)
     )
     is_behind = falls_behind(records, windows.warmup_s, windows.end_s)
     inside = summarize(records.between(windows.warmup_s, windows.end_s), windows.end_s - windows.warmup_s)
+    only_late = generator.is_late and not generator.is_busy
+    is_servers = only_late and missed_beyond(records.as_sent(), windows, objectives, generator.lag_p99_s)
     return Step(
         rate_per_s=rate_per_s,
         met=0 if is_behind else met,
@@ -139,7 +144,20 @@ def observe(
         is_behind=is_behind,
         response=inside.response,
         error_ratio=inside.error_ratio,
-        problem=problem,
+        problem="" if is_servers else generator.problem,
+    )
+
+
+def missed_beyond(as_sent: Records, windows: Windows, objectives: Sequence[Objective], lag_s: float) -> bool:
+    """Whether a load is more than the server can do, also if the generator was late, and counted from the real sending.
+
+    What was held up for `lag_s` comes all at once then, so the last of it waits for up to so much longer.
+    """
+    if falls_behind(as_sent, windows.warmup_s, windows.end_s):
+        return True
+    inside = as_sent.between(windows.warmup_s, windows.end_s)
+    return any(
+        objective.value(inside) > objective.limit + (lag_s if objective.share else 0.0) for objective in objectives
     )
 
 

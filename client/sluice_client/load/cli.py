@@ -202,7 +202,7 @@ class _Search:
         # Chance of its own, or a rate that is measured again would meet the same arrivals.
         arrivals = replace(self._arrivals, seed=self._arrivals.seed + len(self._curve))
         run, self._counted = self._target.load(arrivals.times_s(rate_per_s, windows.end_s))
-        return observe(rate_per_s, run.records, windows, self._objectives, run.generator.problem)
+        return observe(rate_per_s, run.records, windows, self._objectives, run.generator)
 
     def _tell(self, step: Step, verdict: Verdict) -> None:
         self._curve.append((step, verdict, self._counted))
