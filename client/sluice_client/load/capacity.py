@@ -11,7 +11,8 @@ A server that takes in more than it answers is no server at its limit, however p
 which the number of open requests grows by more than a twentieth of the requests has no window that counts as met.
 
 A miss is the generator's where it used up its core, or was late. It is the server's all the same, although the
-generator was late, if it is there counted from the real sending too, and by more than the generator was late.
+generator was late, if that was no more than a tenth of what the server took, and the miss is there counted from the
+real sending too, and by more than the generator was late.
 
 Invariants of the search:
 - A rate that is found has held twice, and the one above it, within the precision, has twice not held.
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from sluice_client.load.latencies import NOT_SENT, summarize
+from sluice_client.load.latencies import NOT_SENT, quantile, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,6 +42,9 @@ GROWTH_MAX: Final = 0.05
 
 GROWTH_DEVIATIONS: Final = 3.0
 """What the number of open requests may differ by chance, in square roots of it (as of a Poisson distribution)."""
+
+LAG_SHARE: Final = 0.1
+"""Of a time that is judged: by so much the generator may be late, and it is still the server that is seen."""
 
 WIDEST: Final = 2.0
 """The ratio of two rates that are tried one after the other where nothing is known yet."""
@@ -135,8 +139,7 @@ def observe(
     )
     is_behind = falls_behind(records, windows.warmup_s, windows.end_s)
     inside = summarize(records.between(windows.warmup_s, windows.end_s), windows.end_s - windows.warmup_s)
-    only_late = generator.is_late and not generator.is_busy
-    is_servers = only_late and missed_beyond(records.as_sent(), windows, objectives, generator.lag_p99_s)
+    is_servers = not generator.is_busy and missed_beyond(records.as_sent(), windows, objectives, generator.lag_p99_s)
     return Step(
         rate_per_s=rate_per_s,
         met=0 if is_behind else met,
@@ -151,12 +154,13 @@ def observe(
 def missed_beyond(as_sent: Records, windows: Windows, objectives: Sequence[Objective], lag_s: float) -> bool:
     """Whether a load is more than the server can do, also if the generator was late, and counted from the real sending.
 
-    What was held up for `lag_s` comes all at once then, so the last of it waits for up to so much longer.
+    The lag has to be small next to what the server takes, or it is what the server takes that may be the generator's.
+    What was held up comes all at once then, so the last of it waits for up to so much longer.
     """
-    if falls_behind(as_sent, windows.warmup_s, windows.end_s):
-        return True
     inside = as_sent.between(windows.warmup_s, windows.end_s)
-    return any(
+    if not lag_s <= LAG_SHARE * quantile(inside.response_s, 0.99):
+        return False
+    return falls_behind(as_sent, windows.warmup_s, windows.end_s) or any(
         objective.value(inside) > objective.limit + (lag_s if objective.share else 0.0) for objective in objectives
     )
 
