@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from sluice_client.load.capacity import (
     replicas_needed,
     windows_needed,
 )
-from sluice_client.load.latencies import NOT_SENT, Quantiles, Records, quantile
+from sluice_client.load.latencies import NOT_SENT, Generator, Quantiles, Records, quantile
 from sluice_client.load.objectives import parse_objectives
 from support.simulated_load import single_server
 
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WINDOWS = 5
+
+GOOD = Generator(lag_p99_s=0.0, cpu_share=0.1, most_in_flight=1, not_sent=0)
+LATE = replace(GOOD, lag_p99_s=0.1)
+BUSY = replace(LATE, cpu_share=1.0)
 
 
 def step(rate_per_s: float, met: int, problem: str = "", windows: int = WINDOWS) -> Step:
@@ -241,10 +246,59 @@ def test_a_server_that_takes_in_more_than_it_answers_has_no_window_that_counts()
     """1.3 times what it can do, for ten seconds: no answer takes three seconds yet, but none would end there."""
     windows = Windows(1.0, 2.0, 5)
     records = single_server(130, 0.01, windows.end_s, seed=1)
-    shown = observe(130, records, windows, parse_objectives(["p99=5s"]))
+    shown = observe(130, records, windows, parse_objectives(["p99=5s"]), GOOD)
     assert shown.is_behind
     assert (shown.met, shown.windows) == (0, 5)
     assert shown.response.max_s < 5
+
+
+@pytest.mark.parametrize(
+    ("generator", "limit", "lag_s", "is_generators"),
+    [
+        (GOOD, "p99=200ms", 0.0, False),
+        # It falls behind, by 30 requests a second, counted from whenever they were sent.
+        (LATE, "p99=5s", 0.1, False),
+        (BUSY, "p99=5s", 0.1, True),
+    ],
+)
+def test_a_miss_of_the_server_is_its_own_though_the_generator_was_late(generator, limit, lag_s, is_generators):
+    windows = Windows(1.0, 2.0, 5)
+    true = single_server(130, 0.01, windows.end_s, seed=1)
+    records = Records.of(true.intended_s, true.intended_s + lag_s, true.ended_s + lag_s, true.codes)
+    shown = observe(130, records, windows, parse_objectives([limit]), generator)
+    assert shown.met == 0
+    assert bool(shown.problem) == is_generators
+
+
+@pytest.mark.parametrize(
+    ("lag_s", "service_s", "limit", "is_generators"),
+    [
+        (0.1, 0.03, "p99=50ms", True),  # without the lag it would be met
+        (0.1, 0.03, "p99=1ms", True),  # missed from the real sending too; but all that was held up has come at once
+        (0.1, 0.9, "p99=850ms", True),  # the server takes long, but not longer by more than the lag
+        (0.1, 0.9, "p99=950ms", True),
+        (0.1, 1.1, "p99=900ms", False),  # that the lag cannot be
+        (0.006, 0.1, "p99=50ms", False),
+        (0.011, 0.1, "p99=50ms", True),
+    ],
+)
+def test_a_miss_that_the_lag_may_explain_is_the_generators(lag_s, service_s, limit, is_generators):
+    windows = Windows(1.0, 2.0, 5)
+    due = np.arange(0, 11, 0.01)
+    records = Records.of(due, due + lag_s, due + lag_s + service_s, np.zeros(len(due)))
+    late = replace(GOOD, lag_p99_s=lag_s)
+    shown = observe(100, records, windows, parse_objectives([limit]), late)
+    assert (shown.met, shown.is_behind) == (0, False)
+    assert shown.problem == (late.problem if is_generators else "")
+
+
+@pytest.mark.parametrize(("service_s", "is_generators"), [(1.5, False), (0.1, True)])
+def test_errors_of_a_slow_server_are_its_own_though_the_generator_was_late(service_s, is_generators):
+    due = np.arange(0, 11, 0.01)
+    codes = np.where(np.arange(len(due)) % 2, 0, 14)
+    records = Records.of(due, due + 0.1, due + 0.1 + service_s, codes)
+    shown = observe(100, records, Windows(1.0, 2.0, 5), parse_objectives(["errors=1%"]), LATE)
+    assert (shown.met, bool(shown.problem)) == (0, is_generators)
 
 
 @given(st.integers(0, 1000), st.floats(0.1, 0.8), st.floats(50, 500))
@@ -255,13 +309,14 @@ def test_a_server_with_room_does_not_fall_behind(seed, utilisation, rate_per_s):
 def test_what_was_never_sent_is_no_backlog_but_an_error():
     due = np.arange(0, 11, 0.01)
     nan = np.full(len(due), math.nan)
-    shown = observe(100, Records.of(due, nan, nan, [NOT_SENT] * len(due)), Windows(1, 2, 5), parse_objectives([]))
+    records = Records.of(due, nan, nan, [NOT_SENT] * len(due))
+    shown = observe(100, records, Windows(1, 2, 5), parse_objectives([]), GOOD)
     assert (shown.is_behind, shown.met, shown.error_ratio) == (False, 0, 1.0)
 
 
 def test_a_window_without_requests_is_not_met():
     records = Records.of([1.5], [1.5], [1.6], [0])
-    assert observe(1, records, Windows(1, 1, 3), parse_objectives(["p99=1s"])).met == 1
+    assert observe(1, records, Windows(1, 1, 3), parse_objectives(["p99=1s"]), GOOD).met == 1
 
 
 @settings(max_examples=10, deadline=None)
@@ -275,7 +330,7 @@ def test_the_capacity_of_a_simulated_server_is_found(seed, service_s, patience):
 
     def measure(rate_per_s: float) -> Step:
         records = single_server(rate_per_s, service_s, windows.end_s, next(seeds))
-        return observe(rate_per_s, records, windows, objectives)
+        return observe(rate_per_s, records, windows, objectives, GOOD)
 
     capacity, _ = search(measure, start_per_s=0.5 / service_s, least_per_s=0.01 / service_s, most_per_s=10 / service_s)
     assert capacity.end is End.FOUND

@@ -106,7 +106,7 @@ def refuse_all_but_the_first(server: FakeServer):
 def test_a_generator_that_is_the_bottleneck_says_so_and_fails(run: Run, json_flag) -> None:
     """No Python sends 40,000 requests a second."""
     exit_status, out, _ = run("--rate", "40000", "--duration", "0.05", "--warmup", "0", *json_flag)
-    assert "the generator was the bottleneck: p99 of its lag is " in out
+    assert "the generator was the bottleneck: " in out
     assert exit_status == 1
 
 

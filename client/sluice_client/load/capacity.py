@@ -10,6 +10,10 @@ many missed them. What is neither is measured again, and all windows together de
 A server that takes in more than it answers is no server at its limit, however patient the objectives: a load during
 which the number of open requests grows by more than a twentieth of the requests has no window that counts as met.
 
+A miss is the generator's where it used up its core, or was late. It is the server's all the same, although the
+generator was late, if that was no more than a tenth of what the server took, and the miss is there counted from the
+real sending too, and by more than the generator was late.
+
 Invariants of the search:
 - A rate that is found has held twice, and the one above it, within the precision, has twice not held.
 - What a generator could not send is never the server's limit: it is measured again, and ends the search then.
@@ -25,12 +29,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from sluice_client.load.latencies import NOT_SENT, summarize
+from sluice_client.load.latencies import NOT_SENT, quantile, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sluice_client.load.latencies import Quantiles, Records
+    from sluice_client.load.latencies import Generator, Quantiles, Records
     from sluice_client.load.objectives import Objective
 
 GROWTH_MAX: Final = 0.05
@@ -38,6 +42,9 @@ GROWTH_MAX: Final = 0.05
 
 GROWTH_DEVIATIONS: Final = 3.0
 """What the number of open requests may differ by chance, in square roots of it (as of a Poisson distribution)."""
+
+LAG_SHARE: Final = 0.1
+"""Of a time that is judged: by so much the generator may be late, and it is still the server that is seen."""
 
 WIDEST: Final = 2.0
 """The ratio of two rates that are tried one after the other where nothing is known yet."""
@@ -123,15 +130,16 @@ class Windows:
 
 
 def observe(
-    rate_per_s: float, records: Records, windows: Windows, objectives: Sequence[Objective], problem: str = ""
+    rate_per_s: float, records: Records, windows: Windows, objectives: Sequence[Objective], generator: Generator
 ) -> Step:
-    """What a load shows, and whether its generator had a problem."""
+    """What a load shows, and whether that is the generator's doing."""
     met = sum(
         all(objective.is_met(window) for objective in objectives)
         for window in records.windows(windows.warmup_s, windows.width_s, windows.number)
     )
     is_behind = falls_behind(records, windows.warmup_s, windows.end_s)
     inside = summarize(records.between(windows.warmup_s, windows.end_s), windows.end_s - windows.warmup_s)
+    is_servers = not generator.is_busy and missed_beyond(records.as_sent(), windows, objectives, generator.lag_p99_s)
     return Step(
         rate_per_s=rate_per_s,
         met=0 if is_behind else met,
@@ -139,7 +147,21 @@ def observe(
         is_behind=is_behind,
         response=inside.response,
         error_ratio=inside.error_ratio,
-        problem=problem,
+        problem="" if is_servers else generator.problem,
+    )
+
+
+def missed_beyond(as_sent: Records, windows: Windows, objectives: Sequence[Objective], lag_s: float) -> bool:
+    """Whether a load is more than the server can do, also if the generator was late, and counted from the real sending.
+
+    The lag has to be small next to what the server takes, or it is what the server takes that may be the generator's.
+    What was held up comes all at once then, so the last of it waits for up to so much longer.
+    """
+    inside = as_sent.between(windows.warmup_s, windows.end_s)
+    if not lag_s <= LAG_SHARE * quantile(inside.response_s, 0.99):
+        return False
+    return falls_behind(as_sent, windows.warmup_s, windows.end_s) or any(
+        objective.value(inside) > objective.limit + (lag_s if objective.share else 0.0) for objective in objectives
     )
 
 

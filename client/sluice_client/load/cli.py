@@ -22,7 +22,7 @@ from sluice_client.cli import (
 )
 from sluice_client.errors import InvalidRequest
 from sluice_client.load import options, report
-from sluice_client.load.capacity import End, Plan, Windows, find_capacity, observe
+from sluice_client.load.capacity import LAG_SHARE, End, Plan, Windows, find_capacity, observe
 from sluice_client.load.latencies import LAG_P99_LIMIT_S
 from sluice_client.load.options import Arrivals
 from sluice_client.load.target import Target
@@ -41,9 +41,6 @@ ALONE_REQUESTS: Final = 20
 
 LEAST_SHARE: Final = 1 / 64
 """Of the rate at which a search begins: what is not met there has another reason than load."""
-
-LAG_SHARE: Final = 0.1
-"""Of the time that is judged: by so much a lag could spoil it, and it would still be the server that is seen."""
 
 
 def load(argv: list[str]) -> int:
@@ -202,7 +199,7 @@ class _Search:
         # Chance of its own, or a rate that is measured again would meet the same arrivals.
         arrivals = replace(self._arrivals, seed=self._arrivals.seed + len(self._curve))
         run, self._counted = self._target.load(arrivals.times_s(rate_per_s, windows.end_s))
-        return observe(rate_per_s, run.records, windows, self._objectives, run.generator.problem)
+        return observe(rate_per_s, run.records, windows, self._objectives, run.generator)
 
     def _tell(self, step: Step, verdict: Verdict) -> None:
         self._curve.append((step, verdict, self._counted))

@@ -6,13 +6,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from sluice_client.load.capacity import End, replicas_needed, windows_needed
+from sluice_client.load.capacity import End, Verdict, replicas_needed, windows_needed
 from sluice_client.load.latencies import summarize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sluice_client.load.capacity import Capacity, Plan, Step, Verdict
+    from sluice_client.load.capacity import Capacity, Plan, Step
     from sluice_client.load.counters import Counters
     from sluice_client.load.latencies import Generator, Quantiles, Records, Summary
     from sluice_client.load.objectives import Objective
@@ -120,7 +120,8 @@ def curve_head() -> str:
 def curve_row(step: Step, verdict: Verdict, counted: Counters | None) -> str:
     """One measurement of a search."""
     reason = ", falls behind" if step.is_behind else ""
-    problem = f"; {step.problem}" if step.problem else ""
+    # A rate that holds is no worse for a generator that was late.
+    problem = f"; {step.problem}" if step.problem and verdict is not Verdict.HOLDS else ""
     response = step.response
     return _curve_line(
         (
