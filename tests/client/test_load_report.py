@@ -37,21 +37,21 @@ def step(rate_per_s: float, *, is_behind: bool = False, problem: str = "", p99_s
             End.ALWAYS,
             1000,
             step(1000),
-            "capacity: at least 1,000.0 requests/s keep p99=50ms errors=0.1%; try more with --max-rate",
+            "capacity: at least 1,000 requests/s keep p99=50ms errors=0.1%; try more with --max-rate",
         ),
-        (End.NEVER, 0, step(1), "no capacity: p99=50ms errors=0.1% is not kept at 1.0 requests/s either"),
+        (End.NEVER, 0, step(1), "no capacity: p99=50ms errors=0.1% is not kept at 1 requests/s either"),
         (
             End.GENERATOR,
             200,
             step(400, problem="the generator was the bottleneck: reasons"),
-            "no capacity found: the generator was the bottleneck: reasons, at 400.0 requests/s, so this is no limit of "
-            "the server; 200.0 requests/s keep p99=50ms errors=0.1%",
+            "no capacity found: the generator was the bottleneck: reasons, at 400 requests/s, so this is no limit of "
+            "the server; 200 requests/s keep p99=50ms errors=0.1%",
         ),
         (
             End.GENERATOR,
             0,
             step(400, problem="the generator was the bottleneck: reasons"),
-            "no capacity found: the generator was the bottleneck: reasons, at 400.0 requests/s, so this is no limit of "
+            "no capacity found: the generator was the bottleneck: reasons, at 400 requests/s, so this is no limit of "
             "the server",
         ),
         (
@@ -95,7 +95,7 @@ def test_a_search_without_a_capacity_has_none_in_json_but_what_was_kept() -> Non
 
 def test_replicas_are_told_with_one_that_may_be_away() -> None:
     assert report.replicas_text(3000, Capacity(412.3, End.FOUND, ()), 0.3) == (
-        "replicas: 3,000.0 requests/s take 11 at 30% headroom (272.7 requests/s each), 12 if one may be away"
+        "replicas: 3,000 requests/s take 11 at 30% headroom (272.7 requests/s each), 12 if one may be away"
     )
 
 

@@ -141,17 +141,17 @@ def capacity_text(capacity: Capacity, plan: Plan, windows: int, objectives: Sequ
     needed = windows_needed(windows, plan.confidence)
     if capacity.end is End.FOUND:
         return (
-            f"capacity: {capacity.rate_per_s:,.1f} requests/s keep {wanted} ({needed} of {windows} windows, twice; "
+            f"capacity: {_rate(capacity.rate_per_s)} requests/s keep {wanted} ({needed} of {windows} windows, twice; "
             f"{plan.precision:.0%} more do not)"
         )
     if capacity.end is End.ALWAYS:
-        return f"capacity: at least {capacity.rate_per_s:,.1f} requests/s keep {wanted}; try more with --max-rate"
+        return f"capacity: at least {_rate(capacity.rate_per_s)} requests/s keep {wanted}; try more with --max-rate"
     if capacity.end is End.NEVER:
-        return f"no capacity: {wanted} is not kept at {plan.least_per_s:,.1f} requests/s either"
+        return f"no capacity: {wanted} is not kept at {_rate(plan.least_per_s)} requests/s either"
     if capacity.end is End.GENERATOR:
         last = capacity.steps[-1]
-        kept = f"; {capacity.rate_per_s:,.1f} requests/s keep {wanted}" if capacity.rate_per_s else ""
-        at = f"at {last.rate_per_s:,.1f} requests/s"
+        kept = f"; {_rate(capacity.rate_per_s)} requests/s keep {wanted}" if capacity.rate_per_s else ""
+        at = f"at {_rate(last.rate_per_s)} requests/s"
         return f"no capacity found: {last.problem}, {at}, so this is no limit of the server{kept}"
     return (
         f"no capacity found: measurements of the same rate contradict each other, {len(capacity.steps)} times; "
@@ -163,8 +163,8 @@ def replicas_text(target_per_s: float, capacity: Capacity, headroom: float) -> s
     """How many replicas a rate takes."""
     replicas = replicas_needed(target_per_s, capacity.rate_per_s, headroom)
     return (
-        f"replicas: {target_per_s:,.1f} requests/s take {replicas} at {headroom:.0%} headroom "
-        f"({target_per_s / replicas:,.1f} requests/s each), {replicas + 1} if one may be away"
+        f"replicas: {_rate(target_per_s)} requests/s take {replicas} at {headroom:.0%} headroom "
+        f"({_rate(target_per_s / replicas)} requests/s each), {replicas + 1} if one may be away"
     )
 
 
@@ -200,9 +200,15 @@ def capacity_json(
     }
 
 
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.1f}".removesuffix(".0")
+
+
 def _objective(objective: Objective, records: Records) -> str:
     value = objective.value(records)
-    shown = f"{value * 1e3:.3g} ms" if objective.share else f"{value:.3%}"
+    shown = f"{value * 1e3:,.1f} ms" if objective.share else f"{value:.2%}"
+    if math.isnan(value):
+        shown = "nothing was answered"
     return f"{objective.text}: {shown}, {'met' if objective.is_met(records) else 'MISSED'}"
 
 
