@@ -1,5 +1,6 @@
 """Dynamic batching: bounded queues that turn requests into batches, honour deadlines, and know nothing of tensors."""
 
+from sluice_batching.answer_order import AnswerOrder
 from sluice_batching.coalescer import Coalescer
 from sluice_batching.errors import (
     BatchingError,
@@ -27,6 +28,7 @@ from sluice_batching.tuner import SloTuner
 __all__ = [
     "NEVER_QUEUED",
     "NO_DEADLINE",
+    "AnswerOrder",
     "Arrival",
     "BatchQueue",
     "BatchingError",
