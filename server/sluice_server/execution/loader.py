@@ -16,7 +16,7 @@ from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes, Sequ
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import batch_curve, curve_cache, runtime
 from sluice_server.execution.batch_curve import BatchCurve, CurveOptions
-from sluice_server.execution.batch_proof import Verdict, merges, proof_options, prove
+from sluice_server.execution.batch_proof import Verdict, proof_options, prove
 from sluice_server.execution.bucket_options import read_buckets
 from sluice_server.execution.bucket_proof import padding_problem
 from sluice_server.execution.buckets import PaddedEncoder, gatherer
@@ -26,6 +26,7 @@ from sluice_server.execution.ensemble import EnsembleModel, Part
 from sluice_server.execution.gate import Gate
 from sluice_server.execution.inlets import Inlet
 from sluice_server.execution.instance import BatchRunner, Instance
+from sluice_server.execution.merging import merges
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.objective import read_slo_ns
