@@ -106,10 +106,11 @@ class Worker:
             self._environment.runner.send_message(READY, {"index": index})
             start_at_s = self._start.get(timeout=BARRIER_TIMEOUT_S)
             part = self._load(senders, index, start_at_s, lone_s)
-            self._environment.runner.send_message(SENT, part.as_message())
         finally:
             for sender in senders:
                 sender.close()
+        # Last, as the master ends all processes once it knows.
+        self._environment.runner.send_message(SENT, part.as_message())
 
     def _senders(self) -> list[Sender]:
         senders = []
