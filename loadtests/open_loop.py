@@ -27,7 +27,9 @@ class OpenLoop:
     each request that ended. To be used once.
     """
 
-    def __init__(self, send: Send, open_limit: int, report: Report, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, send: Send, open_limit: int, report: Report, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
         self._send = send
         self._open_limit = open_limit
         self._report = report

@@ -75,7 +75,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """A whole load: `kinds` belongs to `records`, the index of each request's kind; `generators` one for each worker."""
+    """A whole load: `kinds` has the index of each request's kind, `generators` one for each worker."""
 
     started_at_s: float
     records: Records

@@ -87,7 +87,7 @@ class Kind:
 class Scenario:
     """All of a file. `times_s`: when requests are due, ascending seconds from the start, before `duration_s`."""
 
-    name: str
+    file: Path
     title: str
     duration_s: float
     server: Server
@@ -96,6 +96,11 @@ class Scenario:
     times_s: Times
     requests: tuple[Kind, ...]
     objectives: tuple[Objective, ...]
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.file.stem
 
     @property
     def mean_gap_ms(self) -> float:
@@ -126,7 +131,7 @@ def read_scenario(path: Path) -> Scenario:
     requests = tuple(_request(table, server, folder) for table in top.tables("requests"))
     objectives = _objectives(top.table("slo"), requests)
     top.refuse_unknown()
-    return Scenario(path.stem, title, duration_s, server, generator, process, times_s, requests, objectives)
+    return Scenario(path.resolve(), title, duration_s, server, generator, process, times_s, requests, objectives)
 
 
 def _server(table: Table, folder: Path) -> Server:
@@ -157,7 +162,9 @@ def _request(table: Table, server: Server, folder: Path) -> Kind:
         raise table.error("client", f'"{SLUICE}" has unary calls only; "{protocol}" goes with "{TRITONCLIENT}"')
     golden = _path(table, "golden", folder) if table.has("golden") else server.repository / model / "golden.npz"
     if not golden.is_file():
-        raise table.error("golden", f"{golden} is no file: expected one of numpy.savez, with arrays [rows, ...] by input")
+        raise table.error(
+            "golden", f"{golden} is no file: expected one of numpy.savez, with arrays [rows, ...] by input"
+        )
     kind = Kind(
         model=model,
         share=table.number("share", 1.0),

@@ -308,9 +308,7 @@ def triton_inputs(module: Any, inputs: Mapping[str, Array]) -> list[Any]:
     return made
 
 
-def open_sender(
-    kind: Kind, payloads: Sequence[Payload], address: str, http_address: str, open_limit: int
-) -> Sender:
+def open_sender(kind: Kind, payloads: Sequence[Payload], address: str, http_address: str, open_limit: int) -> Sender:
     """The sender for a kind of request. `address` is HOST:PORT of gRPC, `http_address` of REST."""
     if kind.protocol == UNARY:
         return (SluiceUnary if kind.client == SLUICE else TritonUnary)(kind, payloads, address)
