@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
-SIZE_INCHES: Final = (7.6, 3.3)
+SIZE_INCHES: Final = (7.6, 3.6)
 COLOURS: Final = ("#1f6f8b", "#d1603d")
 """By way to the server; they differ in lightness too."""
 GREY: Final = "#8a8f98"
@@ -96,7 +96,10 @@ def _name(runs: Sequence[Run], run: Run, what: str) -> str:
 
 
 def _legend(axes: Any, columns: int) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.6)
+    """Above the plot, where it covers nothing."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.6, fontsize=8.5
+    )
 
 
 def _latency_over_time(scenario: Scenario, runs: Sequence[Run]) -> Figure:
@@ -111,7 +114,7 @@ def _latency_over_time(scenario: Scenario, runs: Sequence[Run]) -> Figure:
     _mark_limit(scenario, axes, "p99_ms")
     axes.set_xlim(0.0, scenario.duration_s)
     axes.set_ylim(bottom=0.0)
-    _legend(axes, 5)
+    _legend(axes, 3)
     return figure
 
 
@@ -120,7 +123,7 @@ def _mark_limit(scenario: Scenario, axes: Any, key: str) -> None:
     for objective in scenario.objectives:
         limit = objective.limit
         if objective.kind.key == key and limit < 3 * axes.get_ylim()[1]:
-            axes.axhline(limit, color=BAD, linestyle="--", linewidth=1.0, label=f"{key} = {limit:g}")
+            axes.axhline(limit, color=BAD, linestyle="--", linewidth=1.0, label=f"objective {key}")
 
 
 def _quantile_ms(values_s: Floats, share: float) -> float:
@@ -129,13 +132,13 @@ def _quantile_ms(values_s: Floats, share: float) -> float:
 
 def _by_percentile(scenario: Scenario, runs: Sequence[Run]) -> Figure:
     """As HDR histograms are plotted: percentiles on the scale of 1 / (1 - share), where each nine is as wide."""
-    figure, axes = _figure("percentile", "ms")
+    figure, axes = _figure("percentile (response time from when it was due, service time from when it was sent)", "ms")
     most = 2.0
     for run, colour in zip(runs, COLOURS, strict=False):
         records = run.outcome.records
         for values_s, style, what in (
-            (records.response_s, "-", "response time (from when it was due)"),
-            (records.service_s, ":", "service time (from when it was sent)"),
+            (records.response_s, "-", "response time"),
+            (records.service_s, ":", "service time"),
         ):
             ordered_ms = np.sort(values_s) * 1e3
             # The last one stands for all that is beyond it, and has no place on this scale.
@@ -154,7 +157,7 @@ def _by_percentile(scenario: Scenario, runs: Sequence[Run]) -> Figure:
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlim(1.0, most)
-    _legend(axes, 3 if len(runs) == 1 else 2)
+    _legend(axes, 3)
     return figure
 
 
@@ -172,7 +175,7 @@ def _throughput(scenario: Scenario, runs: Sequence[Run]) -> Figure:
             axes.stairs(rates, edges, baseline=None, color=colour, linestyle=":", label=_name(runs, run, "failed"))
     axes.set_xlim(0.0, edges[-1])
     axes.set_ylim(bottom=0.0)
-    _legend(axes, 5)
+    _legend(axes, 3)
     return figure
 
 

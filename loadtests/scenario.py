@@ -52,7 +52,8 @@ class GeneratorLimits:
     """How the load is generated, and when it counts as the bottleneck.
 
     `workers` processes send; each has at most `open_limit` requests open, and gives up what is due beyond that. A run
-    fails when p99 of what requests are sent late exceeds `lag_p99_ms`, or a process uses more than `cpu_share` of a core.
+    fails when a process gave up any, when p99 of how late it sent exceeds `lag_p99_ms`, or when it used more than
+    `cpu_share` of a core.
     """
 
     workers: int
