@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 READY, START, SENT, PROBLEM = "loadtest_ready", "loadtest_start", "loadtest_sent", "loadtest_problem"
 
 LONE_REQUESTS: Final = 50
-"""Sent one by one before the load: their p50 is what a load's latency is a multiple of."""
+LONE_S: Final = 3.0
+"""So many are sent one by one before the load, or for so long: their p50 is what a load's latency is a multiple of."""
 
 HEAD_START_S: Final = 0.3
 """From the master's word to the start, so that every worker has heard it."""
@@ -126,9 +127,12 @@ class Worker:
 
     def _lone(self, senders: list[Sender]) -> Any:
         """The times in seconds of requests one by one, as the scenario mixes them."""
-        times = []
+        times: list[float] = []
+        until_s = time.monotonic() + LONE_S
         for _, kind, choice in islice(self._scenario.plan(), LONE_REQUESTS):
             begun_s = time.monotonic()
+            if begun_s > until_s:
+                break
             if senders[kind].send(choice % len(senders[kind].payloads)) == OK:
                 times.append(time.monotonic() - begun_s)
         return np.array(times)

@@ -48,7 +48,7 @@ HTTP_CODES: Final = {
 """What an HTTP status says in gRPC's words; tritonclient calls a timeout of its own 499."""
 
 NO_DEADLINE_S: Final = 60.0
-"""For requests without a deadline: a run has to end."""
+"""For requests without a deadline: a run has to end. Also for the first one of each kind, which connects."""
 
 
 class Late(Exception):
@@ -64,7 +64,7 @@ class Sender(ABC):
         self.deadline_s = NO_DEADLINE_S if kind.deadline_ms is None else kind.deadline_ms / 1e3
 
     @abstractmethod
-    def call(self, index: int) -> Outputs:
+    def call(self, index: int, deadline_s: float) -> Outputs:
         """Send a payload and wait for its answer; gives what returns an output by name. Raises the client's errors."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class Sender(ABC):
     def send(self, index: int) -> int:
         """Send a payload; gives the gRPC status number that it ended with."""
         try:
-            self.call(index)
+            self.call(index, self.deadline_s)
         except ServerError as error:
             return NUMBERS[error.code]
         except Late:
@@ -86,8 +86,11 @@ class Sender(ABC):
         return OK
 
     def check(self, index: int) -> None:
-        """Send a payload and hold its answer against the golden one. PayloadError, or the client's errors."""
-        outputs, payload = self.call(index), self.payloads[index]
+        """Send a payload, without its deadline, and hold the answer against the golden one.
+
+        Raises PayloadError, and the client's errors.
+        """
+        outputs, payload = self.call(index, NO_DEADLINE_S), self.payloads[index]
         payload.check({name: outputs(name) for name in payload.answer}, self.kind.model)
 
 
@@ -104,10 +107,10 @@ class SluiceUnary(Sender):
         super().__init__(kind, payloads)
         self._client = Client(address, retry=NO_RETRIES)
 
-    def call(self, index: int) -> Outputs:
+    def call(self, index: int, deadline_s: float) -> Outputs:
         """As `Sender`."""
         result = self._client.infer(
-            self.kind.model, self.payloads[index].inputs, priority=self.kind.priority, deadline_s=self.deadline_s
+            self.kind.model, self.payloads[index].inputs, priority=self.kind.priority, deadline_s=deadline_s
         )
         return result.outputs.get
 
@@ -125,10 +128,10 @@ class TritonUnary(Sender):
         self._client = self._grpc.InferenceServerClient(address)
         self._inputs = [triton_inputs(self._grpc, payload.inputs) for payload in payloads]
 
-    def call(self, index: int) -> Outputs:
+    def call(self, index: int, deadline_s: float) -> Outputs:
         """As `Sender`."""
         outputs: Outputs = self._client.infer(
-            self.kind.model, self._inputs[index], priority=self.kind.priority, client_timeout=self.deadline_s
+            self.kind.model, self._inputs[index], priority=self.kind.priority, client_timeout=deadline_s
         ).as_numpy
         return outputs
 
@@ -153,7 +156,7 @@ class TritonStream(Sender):
         self._waiting: OrderedDict[str, AsyncResult[Any]] = OrderedDict()
         self._client.start_stream(self._ended)
 
-    def call(self, index: int) -> Outputs:
+    def call(self, index: int, deadline_s: float) -> Outputs:
         """As `Sender`."""
         request_id = str(next(self._numbers))
         waiting: AsyncResult[Any] = AsyncResult()
@@ -162,7 +165,7 @@ class TritonStream(Sender):
             self.kind.model, self._inputs[index], request_id=request_id, priority=self.kind.priority
         )
         try:
-            outputs: Outputs = waiting.get(timeout=self.deadline_s).as_numpy
+            outputs: Outputs = waiting.get(timeout=deadline_s).as_numpy
         except gevent.Timeout:
             raise Late from None
         return outputs
@@ -198,9 +201,9 @@ class TritonRest(Sender):
         self._client = self._http.InferenceServerClient(address, concurrency=open_limit, network_timeout=NO_DEADLINE_S)
         self._inputs = [triton_inputs(self._http, payload.inputs) for payload in payloads]
 
-    def call(self, index: int) -> Outputs:
+    def call(self, index: int, deadline_s: float) -> Outputs:
         """As `Sender`."""
-        with gevent.Timeout(self.deadline_s, Late):
+        with gevent.Timeout(deadline_s, Late):
             outputs: Outputs = self._client.infer(
                 self.kind.model, self._inputs[index], priority=self.kind.priority
             ).as_numpy
@@ -231,7 +234,7 @@ class TritonShared(Sender):
         self._output_region = self._region("out", self._slot_bytes * open_limit)
         self._free = list(range(open_limit))
 
-    def call(self, index: int) -> Outputs:
+    def call(self, index: int, deadline_s: float) -> Outputs:
         """As `Sender`; the outputs are to be read before the next call."""
         slot = self._free.pop()
         try:
@@ -240,7 +243,7 @@ class TritonShared(Sender):
                 self._inputs[index],
                 outputs=self._outputs(index, slot),
                 priority=self.kind.priority,
-                client_timeout=self.deadline_s,
+                client_timeout=deadline_s,
             )
         finally:
             self._free.append(slot)
