@@ -185,7 +185,7 @@ def render_html(scenario: Scenario, runs: Sequence[Run], facts: Mapping[str, str
         f'<p class="{result.lower()}">{result}</p>',
         *(f"<p class=fail>{html.escape(problem)}</p>" for problem in problems(runs)),
         _section("Objectives", objective_rows(verdicts, runs)),
-        _section(f"What {runs[1].way} adds", way_rows(runs)) if len(runs) > 1 else "",
+        _section("What the sidecar adds", way_rows(runs)) if len(runs) > 1 else "",
         '<div class="plots">',
         *(f"<section><h2>{title}</h2>{to_svg(figure)}</section>" for title, figure in draw_all(scenario, runs).items()),
         "</div>",

@@ -14,6 +14,7 @@ import pytest
 from made_up import write_repository, write_scenario
 
 from loadtests import run
+from loadtests.report import plain
 from loadtests.slo import KINDS
 
 if TYPE_CHECKING:
@@ -175,3 +176,21 @@ def test_what_would_only_show_after_the_load_is_refused_before(tmp_path, capsys,
     shared = write_scenario(tmp_path, f'{request}"shared_memory"', name="shared")
     assert run.main(flags.format(file=file, shared=shared).split()) == 2
     assert capsys.readouterr().err.startswith(f"loadtest: {problem}")
+
+
+def test_a_run_through_the_sidecar_shows_what_that_adds(tmp_path):
+    write_repository(tmp_path)
+    requests = "\n".join(f'[[requests]]\nmodel = "double"\nprotocol = "{each}"' for each in ("unary", "stream", "rest"))
+    done, result = loadtest(tmp_path, write_scenario(tmp_path, requests, GENEROUS), "--via=envoy")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(each["way"], each["outcomes"]) for each in result["runs"]] == [
+        ("direct", {"OK": 100}),
+        ("via envoy", {"OK": 100}),
+    ]
+    assert result["held_to_objectives"] == "via envoy"
+    direct, via = (each["response_ms"]["p50"] for each in result["runs"])
+    row = rf"\| p50 +\| +{plain(direct)} \| +{plain(via)} \| +{plain(via - direct)} \|"
+    assert re.search(row, done.stdout), done.stdout
+    (report,) = (tmp_path / "results").glob("*.html")
+    assert "<h2>What the sidecar adds</h2>" in report.read_text()
