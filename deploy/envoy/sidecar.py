@@ -37,7 +37,7 @@ POLL_S: Final = 0.01
 """Between two looks at something that nothing announces."""
 
 DRAIN_S: Final = 30
-"""How long after `drain` connections are told to go, more and more of them, until the listeners close."""
+"""How long after `drain` the listeners stay open; every connection is told to go with its next answer."""
 
 
 class SidecarError(Exception):
@@ -106,7 +106,7 @@ class Sidecar:
         self._wait(lambda: len(self.healthy()) == count, f"{count} replicas are healthy")
 
     def drain(self) -> None:
-        """Begin to end: GET /ready is 503, clients get GOAWAY, calls go on; after DRAIN_S nobody is listened to."""
+        """Begin to end: GET /ready is 503, clients get GOAWAY, calls go on; after DRAIN_S it listens to nobody."""
         self.post("/healthcheck/fail")
         self.post("/drain_listeners?graceful")
 
@@ -180,9 +180,11 @@ def sidecar(variant: Variant) -> Iterator[Sidecar]:
             "--disable-hot-restart",
             # One core, as a sidecar has; the model's threads have the others.
             "--concurrency", "1",
-            "--drain-time-s", str(DRAIN_S), "--file-flush-interval-msec", "100",
+            "--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate",
+            "--file-flush-interval-msec", "100",
         ]  # fmt: skip
-        process = subprocess.Popen(command)  # noqa: S603 - our own configuration
+        # In a group of its own, so that Ctrl-C does not cut what is in flight.
+        process = subprocess.Popen(command, process_group=0)  # noqa: S603 - our own configuration
         try:
             yield Sidecar(process, folder)
         finally:

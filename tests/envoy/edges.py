@@ -130,4 +130,3 @@ def call_with(
 
 def trailers(call: grpc.Future) -> dict[str, Any]:
     return {one.key: one.value for one in call.trailing_metadata()}
-
