@@ -72,7 +72,7 @@ def to_svg(figure: Figure) -> str:
     """The figure as an <svg> element."""
     text = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 
