@@ -148,8 +148,7 @@ class Worker:
         gevent.sleep(max(started_s - time.monotonic(), 0))
         cpu_s, begun_s = time.process_time(), time.monotonic()
         loop.run(mine, started_s)
-        cpu_share = (time.process_time() - cpu_s) / max(time.monotonic() - begun_s, 1e-9)
-        return Part.of(loop, index, start_at_s, cpu_share, lone_s)
+        return Part.of(loop, index, start_at_s, time.process_time() - cpu_s, time.monotonic() - begun_s, lone_s)
 
     def _report(self, kind: int, response_s: float, code: int) -> None:
         """For Locust's own statistics and whatever listens to its events."""

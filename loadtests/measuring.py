@@ -58,6 +58,7 @@ def measure(scenario: Scenario, outcome: Outcome, series: Series) -> Measured:
         lone_p50_ms=_ms(quantile(outcome.lone_s, 0.5)),
         arrival_error_p99_ms=_ms(quantile(records.lag_s, 0.99)),
         mean_gap_ms=scenario.mean_gap_ms,
+        generator_cpu_us_per_request=outcome.cpu_s * 1e6 / sent if sent else None,
         server_cpu_us_per_request=None if cpu_s is None or not sent else cpu_s * 1e6 / sent,
         server_cpu_cores=None if cpu_s is None else cpu_s / over_s,
         server_rss_mib=None if rss_bytes is None else rss_bytes / 2**20,

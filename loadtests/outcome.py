@@ -26,13 +26,14 @@ class LoadFailed(Exception):
 class Part:
     """What one worker sent: arrays [requests] in seconds from the start, FP64, and `codes` and `kinds`, UINT8.
 
-    `started_at_s` is the start in seconds since 1970, `cpu_share` the worker's CPU in cores, `lone_s` how long lone
-    requests took before the load (of one worker only), FP64.
+    `started_at_s` is the start in seconds since 1970, `cpu_s` the worker's CPU seconds in the `lasted_s` seconds from then
+    on, `lone_s` how long lone requests took before the load (of one worker only), FP64.
     """
 
     index: int
     started_at_s: float
-    cpu_share: float
+    cpu_s: float
+    lasted_s: float
     most_open: int
     intended_s: npt.NDArray[np.float64]
     sent_s: npt.NDArray[np.float64]
@@ -42,10 +43,10 @@ class Part:
     lone_s: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, loop: OpenLoop, index: int, started_at_s: float, cpu_share: float, lone_s: Any) -> Self:
+    def of(cls, loop: OpenLoop, index: int, started_at_s: float, cpu_s: float, lasted_s: float, lone_s: Any) -> Self:
         """What a loop has sent."""
         times = [np.array(each) for each in (loop.intended_s, loop.sent_s, loop.ended_s, loop.codes, loop.kinds)]
-        return cls(index, started_at_s, cpu_share, loop.most_open, *times, lone_s)
+        return cls(index, started_at_s, cpu_s, lasted_s, loop.most_open, *times, lone_s)
 
     def as_message(self) -> dict[str, Any]:
         """As numbers and bytes, which Locust's messages can carry."""
@@ -70,18 +71,19 @@ class Part:
     def generator(self) -> Generator:
         """How this worker did."""
         not_sent = int(np.count_nonzero(self.codes == NOT_SENT))
-        return Generator(quantile(self.records.lag_s, 0.99), self.cpu_share, self.most_open, not_sent)
+        return Generator(quantile(self.records.lag_s, 0.99), self.cpu_s / self.lasted_s, self.most_open, not_sent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """A whole load: `kinds` has the index of each request's kind, `generators` one for each worker."""
+    """A whole load: `kinds` has the index of each request's kind, `generators` one for each worker, `cpu_s` of all."""
 
     started_at_s: float
     records: Records
     kinds: npt.NDArray[np.uint8]
     lone_s: npt.NDArray[np.float64]
     generators: tuple[Generator, ...]
+    cpu_s: float
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Self:
@@ -95,6 +97,7 @@ class Outcome:
             kinds,
             np.concatenate([part.lone_s for part in parts]),
             tuple(part.generator for part in parts),
+            sum(part.cpu_s for part in parts),
         )
 
     def of_kind(self, kind: int) -> Records:

@@ -22,6 +22,7 @@ class Measured:
     much later than due requests were sent. `mean_gap_ms`: the mean time between requests that are due. `goodput_ratio`:
     the share of all requests that were answered OK within their deadline, counted from when they were due.
     `throughput_per_s`: answers with status OK over the time until the last one. `lone_p50_ms`: of requests one by one.
+    `generator_cpu_us_per_request`: of the workers' processes while they sent.
     `server_*`: of the server's process; the CPU while the load went on, in cores and per request, and the most RSS.
     """
 
@@ -35,6 +36,7 @@ class Measured:
     lone_p50_ms: Value
     arrival_error_p99_ms: Value
     mean_gap_ms: Value
+    generator_cpu_us_per_request: Value
     server_cpu_us_per_request: Value
     server_cpu_cores: Value
     server_rss_mib: Value
@@ -74,6 +76,8 @@ KINDS: Final = (
     Kind("arrival_error_p99_ms", "sent later than due, p99, ms", lambda run: run.arrival_error_p99_ms),
     Kind("arrival_error_over_gap", "sent later than due, p99, over the mean gap",
          lambda run: _ratio(run.arrival_error_p99_ms, run.mean_gap_ms)),
+    Kind("generator_cpu_us_per_request", "the generator's CPU per request, us",
+         lambda run: run.generator_cpu_us_per_request),
     Kind("server_cpu_us_per_request", "server CPU per request, us", lambda run: run.server_cpu_us_per_request,
          needs_process=True),
     Kind("server_cpu_cores", "server CPU, cores", lambda run: run.server_cpu_cores, needs_process=True),

@@ -52,14 +52,14 @@ def outcome(
     cpu_share: float = 0.2,
     lone_s: Sequence[float] = (0.002,),
 ) -> Outcome:
-    """An outcome of one worker; lags and service times are counted from `intended_s`."""
+    """An outcome of one worker that took a second for each request; lags and service times are told by request."""
     intended, lag = np.array(intended_s), np.array(lag_s)
     records = Records.of(intended, intended + lag, intended + lag + np.array(service_s), codes)
     not_sent = int(np.count_nonzero(records.codes == 255))
     lag_p99_s = float(np.quantile(lag, 0.99, method="inverted_cdf"))
     generator = Generator(lag_p99_s, cpu_share, len(intended), not_sent)
     of_kind = np.array(kinds if kinds is not None else [0] * len(intended), np.uint8)
-    return Outcome(1_000.0, records, of_kind, np.array(lone_s), (generator,))
+    return Outcome(1_000.0, records, of_kind, np.array(lone_s), (generator,), cpu_share * len(intended))
 
 
 def series(cpu_s: Sequence[float], rss_mib: Sequence[float], started_at_s: float = 1_000.0) -> Series:

@@ -78,7 +78,8 @@ def test_a_slow_server_fails_each_kind_of_objective(tmp_path):
     limits = {
         "p50_ms": 40, "p95_ms": 80, "p99_ms": 90, "p999_ms": 95, "error_ratio": 0.1, "min_throughput_per_s": 25,
         "min_goodput_ratio": 0.9, "p99_over_lone_p50": 3, "arrival_error_p99_ms": 1e-6, "arrival_error_over_gap": 1e-8,
-        "server_cpu_us_per_request": 10_000, "server_cpu_cores": 0.1, "server_rss_mib": 1,
+        "generator_cpu_us_per_request": 1, "server_cpu_us_per_request": 10_000, "server_cpu_cores": 0.1,
+        "server_rss_mib": 1,
     }  # fmt: skip
     slo = "\n".join(["[slo]", *(f"{key} = {limit}" for key, limit in limits.items())])
     done, result = loadtest(tmp_path, write_scenario(tmp_path, arrivals, requests, slo, GENEROUS))

@@ -34,6 +34,7 @@ def test_response_time_counts_from_when_a_request_was_due(scenario):
     assert found.arrival_error_p99_ms == pytest.approx(500)
     assert found.lone_p50_ms == pytest.approx(2)
     assert found.mean_gap_ms == pytest.approx(20)
+    assert found.generator_cpu_us_per_request == pytest.approx(200_000)
 
 
 def test_goodput_is_within_each_kind_s_own_deadline(scenario):
@@ -91,7 +92,9 @@ def test_a_generator_that_was_the_bottleneck_says_so(scenario):
 def part(index: int, *due_s: float) -> Part:
     due = np.array(due_s)
     codes = np.full(len(due), index, np.uint8)
-    return Part(index, 1_000.5, 0.25, 3, due, due + 0.001, due + 0.002, codes, codes + 1, np.array([0.5] * (1 - index)))
+    return Part(
+        index, 1_000.5, 0.5, 2.0, 3, due, due + 0.001, due + 0.002, codes, codes + 1, np.array([0.5] * (1 - index))
+    )
 
 
 def test_an_outcome_is_read_as_it_was_written(tmp_path):
@@ -105,6 +108,7 @@ def test_an_outcome_is_read_as_it_was_written(tmp_path):
     assert found.of_kind(2).intended_s.tolist() == [0.5, 1.5]
     assert found.lone_s.tolist() == [0.5]
     assert [(each.cpu_share, each.most_in_flight) for each in found.generators] == [(0.25, 3)] * 2
+    assert found.cpu_s == 1.0
     assert found.generators[0].lag_p99_s == pytest.approx(0.001)
 
 

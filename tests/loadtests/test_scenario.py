@@ -144,7 +144,7 @@ BAD = {
     "unknown objective": (["[slo]\nerror_ratio = 0\np98_ms = 3"], "[slo] p98_ms: unknown key; known here: p50_ms, "
                           "p95_ms, p99_ms, p999_ms, error_ratio, min_throughput_per_s, min_goodput_ratio, "
                           "p99_over_lone_p50, arrival_error_p99_ms, arrival_error_over_gap, "
-                          "server_cpu_us_per_request, server_cpu_cores, server_rss_mib"),
+                          "generator_cpu_us_per_request, server_cpu_us_per_request, server_cpu_cores, server_rss_mib"),
     "errors not limited": (["[slo]\np99_ms = 3"], "[slo] error_ratio: missing; latencies are those of answers, so say "
                            "what share of requests may go without (0)"),
     "errors that cannot be too many": (["[slo]\nerror_ratio = 1"], "[slo] error_ratio: expected a number from 0 on, at "
