@@ -26,8 +26,8 @@ class LoadFailed(Exception):
 class Part:
     """What one worker sent: arrays [requests] in seconds from the start, FP64, and `codes` and `kinds`, UINT8.
 
-    `started_at_s` is the start in seconds since 1970, `cpu_s` the worker's CPU seconds in the `lasted_s` seconds from then
-    on, `lone_s` how long lone requests took before the load (of one worker only), FP64.
+    `started_at_s` is the start in seconds since 1970, `cpu_s` the worker's CPU seconds in the `lasted_s` seconds from
+    then on, `lone_s` how long lone requests took before the load (of one worker only), FP64.
     """
 
     index: int
