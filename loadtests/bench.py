@@ -72,6 +72,9 @@ H2LOAD = "h2load"
 GENERATORS: dict[str, Generator | None] = {H2LOAD: None, perf_generator.NAME: perf_generator.GENERATOR}
 """What can make the load of unary calls that are all the same."""
 
+DESCRIBES = {H2LOAD: h2load.told_version, perf_generator.NAME: perf_generator.describe}
+"""What is said of a generator next to its machine."""
+
 AUTO = TransportChoice.AUTO
 
 WHOS = (*FLAGS, ECHO, LOOP)
@@ -93,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for peer in setup.peers:
             oip.check(peer)
         raise_limit()  # for the connections of h2load, a child
-        facts = machine.describe(args.generator)
+        facts = machine.host() | {"generator": DESCRIBES[args.generator]()}
         if not machine.is_quiet():
             _say(f"this machine is busy (load: {facts['load']}); the figures will be worse than they should be")
         measured = measure(setup)

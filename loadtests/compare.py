@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from loadtests.markdown import markdown
 from loadtests.record import Record, RecordError, read
 from loadtests.results import Goal
-from loadtests.table import markdown
 
 FLOOR = 0.03
 """Three rounds that happen to agree do not make a change of so little a fact."""

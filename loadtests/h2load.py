@@ -6,6 +6,7 @@ answer has no body, so the bytes of the bodies, which h2load counts too, tell th
 
 import re
 import shutil
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,12 @@ def find() -> str:
     if path is None:
         raise LoadError("h2load is not installed; on Debian and Ubuntu: apt-get install nghttp2-client")
     return path
+
+
+def told_version() -> str:
+    """What it says of itself; LoadError when it is not there."""
+    done = subprocess.run([find(), "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def frame(message: bytes) -> bytes:

@@ -2,21 +2,14 @@
 
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-from loadtests import h2load, perf_generator
 from loadtests.procfs import PROC, cpu_model, total_bytes
 
 PACKAGES = ("sluice", "sluice-native", "grpcio", "onnxruntime", "protobuf", "numpy")
 
 QUIET_LOAD = 0.5
 """Runnable processes on average, before we start; above it, others take part in what is measured."""
-
-
-def describe(generator: str) -> dict[str, str]:
-    """Facts by name, in the order to print them, for what this generator measures."""
-    return host() | {"generator": _generator_version(generator)}
 
 
 def host() -> dict[str, str]:
@@ -50,10 +43,3 @@ def _version(name: str) -> str:
 
 def _load() -> float:
     return os.getloadavg()[0]
-
-
-def _generator_version(generator: str) -> str:
-    if generator == perf_generator.NAME:
-        return f"{generator} with connections of its own"
-    done = subprocess.run([h2load.find(), "--version"], capture_output=True, text=True, check=True)
-    return done.stdout.strip()

@@ -32,6 +32,11 @@ def generate(address: str, model: BenchModel, load: Load, duration_s: float) -> 
 GENERATOR = Generator(NAME, generate)
 
 
+def describe() -> str:
+    """What is said of it next to the machine."""
+    return f"{NAME} with connections of its own"
+
+
 def command(address: str, model: BenchModel, in_flight: int, window_ms: int) -> list[str]:
     """Its command line; LoadError when it is not there. The shapes are those of the model's own request, one row."""
     try:

@@ -23,9 +23,10 @@ from pathlib import Path
 
 from loadtests import effort, processes
 from loadtests.effort import Effort, is_limit
+from loadtests.markdown import markdown
 from loadtests.models import generate
 from loadtests.processes import ServerFailed
-from loadtests.table import LIMITED, LIMITED_NOTE, markdown
+from loadtests.table import LIMITED, LIMITED_NOTE
 from sluice_server.transport.choice import TransportChoice
 
 TOOLS = Path(__file__).resolve().parents[1] / ".tools"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from loadtests.markdown import markdown
 from loadtests.record import Record
 from loadtests.results import Finding, Goal, Memory, Row
 from loadtests.summary import Summary
@@ -49,17 +50,6 @@ def render_findings(findings: Sequence[Finding]) -> str:
 def _finding_cells(each: Finding) -> tuple[str, ...]:
     measured = f"{_number(each.value.median)} {each.unit}".strip()
     return (each.case, each.who, each.figure, measured, _extremes(each.value))
-
-
-def markdown(cells: Sequence[Sequence[str]], words: int) -> str:
-    """A table whose first columns are words, to the left, and the others numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        [text.ljust(w) if n < words else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True))]
-        for line in cells
-    ]
-    rule = ["-" * width if number < words else "-" * (width - 1) + ":" for number, width in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
