@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description=__doc__, allow_abbrev=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="NAME", help=", ".join(PARTS))
-    parser.add_argument("--rounds", type=int, help="(5)")
+    parser.add_argument("--rounds", type=int, help="(5; of the parts with an open loop 3 at most)")
     parser.add_argument("--seconds", type=float, help="of each measurement in a round (2.5)")
     parser.add_argument("--quick", action="store_true", help="one short round and less memory: some three minutes")
     parser.add_argument("--strict", action="store_true", help="exit code 1 when a goal is missed or not measured")
@@ -147,7 +147,8 @@ def _peer(text: str) -> oip.Peer:
 def _plan(args: argparse.Namespace) -> Plan:
     given = {"parts": args.parts and tuple(args.parts), "rounds": args.rounds, "round_s": args.seconds}
     changes = {name: value for name, value in given.items() if value is not None}
-    return replace(QUICK if args.quick else Plan(), **changes)
+    plan = replace(QUICK if args.quick else Plan(), **changes)
+    return replace(plan, open_rounds=min(plan.rounds, plan.open_rounds))
 
 
 def write_models(repository: Path) -> str:

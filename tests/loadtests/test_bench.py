@@ -138,6 +138,13 @@ def test_without_h2load_it_says_how_to_install_it(
     assert "apt-get install nghttp2-client" in capsys.readouterr().err
 
 
+def test_the_models_are_written_for_a_peer_to_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--write-models", str(tmp_path / "models")]) == 0
+    names = capsys.readouterr().out.strip().partition(": ")[2].split(", ")
+    assert {"identity", "digits_mlp", "large_mlp", "pipeline"} <= set(names)
+    assert sorted(names) == sorted(folder.name for folder in (tmp_path / "models").iterdir())
+
+
 def test_the_bare_loop_counts_rows(tmp_path: Path) -> None:
     model = generate("identity", tmp_path)
 
