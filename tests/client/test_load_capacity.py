@@ -99,7 +99,7 @@ def test_objectives_that_are_always_met_end_the_search_at_the_highest_rate(most_
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.floats(20, 5_000), st.floats(0, 0.15))
+@given(st.integers(0, 10_000), st.floats(20, 5_000), st.floats(0, 0.05))
 def test_with_noisy_windows_the_capacity_is_still_found(seed, capacity_per_s, noise):
     """Each window lies with a probability. Seven of eight have to, twice, for a rate above the capacity to be found."""
     chance = random.Random(seed)
