@@ -1,5 +1,6 @@
 """Dynamic batching: bounded queues that turn requests into batches, honour deadlines, and know nothing of tensors."""
 
+from sluice_batching.answer_order import AnswerOrder
 from sluice_batching.anticipation import Anticipation, Company
 from sluice_batching.arrivals import Constant, Diurnal, Ramp, Rate
 from sluice_batching.coalescer import Coalescer
@@ -29,6 +30,7 @@ from sluice_batching.tuner import SloTuner
 __all__ = [
     "NEVER_QUEUED",
     "NO_DEADLINE",
+    "AnswerOrder",
     "Anticipation",
     "Arrival",
     "BatchQueue",
