@@ -128,7 +128,8 @@ class Sidecar:
 
     def _hosts(self, cluster: str) -> list[dict[str, Any]]:
         clusters = json.loads(self.get("/clusters?format=json"))["cluster_statuses"]
-        (hosts,) = [one.get("host_statuses", []) for one in clusters if one["name"] == cluster]
+        (found,) = [one for one in clusters if one["name"] == cluster]
+        hosts: list[dict[str, Any]] = found.get("host_statuses", [])
         return hosts
 
     def _listener(self, name: str) -> str:
