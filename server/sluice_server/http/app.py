@@ -117,7 +117,8 @@ class HttpExchange(Exchange):
         """Have the answer sent, unless the client has left."""
         if self._is_over:
             return
-        encoding = body.choose_encoding(self.headers.get("accept-encoding", "")) if answer.compressible else None
+        accept = self.headers.get("accept-encoding") if answer.compressible else None
+        encoding = None if accept is None else body.choose_encoding(accept)
         if encoding is None:
             self._send(answer)
             return

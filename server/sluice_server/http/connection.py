@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -90,7 +91,7 @@ class Reply:
         else:
             write(b"".join(head))
             for part in parts:
-                write(part)
+                write(part)  # type: ignore[arg-type] # every part is bytes, or a view of bytes
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             connection.transport.close()
@@ -119,6 +120,9 @@ class HttpConnection(HttpToolsProtocol):
 
     _incoming_cycle: RequestResponseCycle | None = None
     """uvicorn's view of the same."""
+
+    _idle_since_s = math.inf
+    """On the loop's clock."""
 
     _head_bytes = 0
     _in_head = False
@@ -194,9 +198,41 @@ class HttpConnection(HttpToolsProtocol):
             self._stop_timer()
             self._timer = self.loop.call_later(STALL_S, self._end_stall)
 
+    def on_response_complete(self) -> None:
+        """The next request may begin; until it does, the connection is idle.
+
+        As uvicorn does it, but with one timer for a connection, where that makes one for each answer.
+        """
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since_s = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._look_later(self.timeout_keep_alive)
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since_s = math.inf  # the timer goes on, and finds the connection in use
+
+    def _look_later(self, after_s: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(after_s, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End the connection if it has been idle for long enough, or look again when it may have been."""
+        left_s = self.timeout_keep_alive - max(0.0, self.loop.time() - self._idle_since_s)
+        if left_s > 0:
+            self._look_later(left_s)
+        else:
+            super().timeout_keep_alive_handler()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The end."""
         self._stop_timer()
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         super().connection_lost(exc)
         if self._incoming is not None:
             self._incoming.leave()
