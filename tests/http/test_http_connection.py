@@ -237,6 +237,22 @@ def test_a_connection_that_is_lost_leaves_nothing_behind(talk):
     assert all(timer.cancelled for timer in talk.loop.timers)
 
 
+def test_a_bug_of_the_handler_is_an_incident_and_the_connection_goes_on(talk, caplog):
+    def fail(exchange: Exchange) -> None:
+        raise RuntimeError("a bug")
+
+    talk.handler.take = fail
+    talk.connection.data_received(post(b""))
+    (written,) = talk.transport.written
+    assert written.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    assert b"incident" in written
+    assert b"a bug" not in written
+    assert [record.exc_info[1].args for record in caplog.records if record.exc_info] == [("a bug",)]
+    del talk.handler.take
+    talk.connection.data_received(post(b"again"))
+    assert talk.handler.bodies == [b"again"]
+
+
 def test_who_is_not_answered_when_the_server_ends_is_told_as_left():
     taken, left = threading.Event(), threading.Event()
 

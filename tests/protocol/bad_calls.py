@@ -140,9 +140,6 @@ def load_calls() -> list[Case]:
     files.parameters["file:1/model.onnx"].bytes_param = b"no model"
     kind = pb.RepositoryModelLoadRequest(model_name="simple")
     kind.parameters["config"].bytes_param = b"{}"
-    dependents = pb.RepositoryModelUnloadRequest(model_name="nope")
-    dependents.parameters["unload_dependents"].string_param = "yes"
-    unsupported = ("'repository_name' specification is not supported",)
     return [
         load("a load of what is in no repository", "nope", INTERNAL, poll("nope")),
         load("a load of what cannot be read", "corrupt", INVALID, "load failed for model 'corrupt': version 1",
@@ -167,6 +164,14 @@ def load_calls() -> list[Case]:
              post("repository/models/..%2Fsimple/load")),
         Case("a load without a name", "RepositoryModelLoad", pb.RepositoryModelLoadRequest(), INVALID,
              ("Model name cannot be empty. Please enter a valid name to deploy.",), None),
+    ]  # fmt: skip
+
+
+def control_calls() -> list[Case]:
+    dependents = pb.RepositoryModelUnloadRequest(model_name="nope")
+    dependents.parameters["unload_dependents"].string_param = "yes"
+    unsupported = ("'repository_name' specification is not supported",)
+    return [
         Case("an unload with another kind of switch", "RepositoryModelUnload", dependents, INVALID,
              ("invalid value type for 'unload_dependents' parameter", "expected bool_param"),
              post("repository/models/nope/unload", {"parameters": {"unload_dependents": "yes"}}, 0,
@@ -301,4 +306,4 @@ def part_calls() -> list[Case]:
     ]  # fmt: skip
 
 
-CASES = [*model_calls(), *load_calls(), *setting_calls(), *memory_calls(), *part_calls()]
+CASES = [*model_calls(), *load_calls(), *control_calls(), *setting_calls(), *memory_calls(), *part_calls()]

@@ -111,7 +111,10 @@ class HttpExchange(Exchange):
     def _take(self, whole: bytes) -> None:
         self.body = whole
         self.received_ns = time.monotonic_ns()
-        self._front.take(self)
+        try:
+            self._front.take(self)
+        except Exception as error:
+            self._refuse(error)
 
     def answer(self, answer: HttpAnswer) -> None:
         """Have the answer sent, unless the client has left."""
