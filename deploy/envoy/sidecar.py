@@ -163,11 +163,11 @@ def _endpoint(address: dict[str, Any]) -> str:
 
 
 @contextmanager
-def sidecar(variant: Variant) -> Iterator[Sidecar]:
+def sidecar(variant: Variant, concurrency: int = 1) -> Iterator[Sidecar]:
     """A ready Envoy, ended with the block; SidecarError with its log when it does not start.
 
     Ready means that every replica has been looked at once, not that one is healthy. Its access log goes where the
-    variant says, by default to our standard output.
+    variant says, by default to our standard output. `concurrency` is its worker threads: one core, as a sidecar has.
     """
     with tempfile.TemporaryDirectory(prefix="sluice-envoy-") as name:
         folder = Path(name)
@@ -178,8 +178,7 @@ def sidecar(variant: Variant) -> Iterator[Sidecar]:
             "--log-path", str(folder / "envoy.log"), "--log-level", "warning",
             # Several may run on a machine; none takes over from another.
             "--disable-hot-restart",
-            # One core, as a sidecar has; the model's threads have the others.
-            "--concurrency", "1",
+            "--concurrency", str(concurrency),
             "--drain-time-s", str(DRAIN_S), "--drain-strategy", "immediate",
             "--file-flush-interval-msec", "100",
         ]  # fmt: skip
