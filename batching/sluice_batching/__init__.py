@@ -1,5 +1,8 @@
 """Dynamic batching: bounded queues that turn requests into batches, honour deadlines, and know nothing of tensors."""
 
+from sluice_batching.answer_order import AnswerOrder
+from sluice_batching.anticipation import Anticipation, Company
+from sluice_batching.arrivals import Constant, Diurnal, Ramp, Rate
 from sluice_batching.coalescer import Coalescer
 from sluice_batching.errors import (
     BatchingError,
@@ -27,12 +30,17 @@ from sluice_batching.tuner import SloTuner
 __all__ = [
     "NEVER_QUEUED",
     "NO_DEADLINE",
+    "AnswerOrder",
+    "Anticipation",
     "Arrival",
     "BatchQueue",
     "BatchingError",
     "Claim",
     "Coalescer",
+    "Company",
+    "Constant",
     "DeadlineExpired",
+    "Diurnal",
     "Draining",
     "ExpiryTimer",
     "Group",
@@ -44,6 +52,8 @@ __all__ = [
     "Queue",
     "QueueFull",
     "QueuePolicy",
+    "Ramp",
+    "Rate",
     "RateLimiter",
     "Report",
     "Request",

@@ -16,7 +16,7 @@ from typing import Literal
 
 from sluice_batching.request import SequenceId
 
-Bound = Literal["rows", "bytes", "requests"]
+Bound = Literal["rows", "bytes", "requests", "answers", "bytes of answers"]
 """What a queue's bound counts."""
 
 
@@ -27,12 +27,12 @@ class BatchingError(Exception):
 class QueueFull(BatchingError):
     """The request would take the queue over a bound.
 
-    `what` is the bound ("rows", "bytes", or "requests" of one priority), `limit` its value, `waiting` how much of it is
-    taken, `requested` how much the request needs.
+    `what` is the bound ("rows", "bytes", or "requests" of one priority; "answers" or their bytes, where those are held
+    until their turn), `limit` its value, `waiting` how much of it is taken, `requested` how much the request needs.
     """
 
     def __init__(self, what: Bound, limit: int, waiting: int, requested: int) -> None:
-        needs = "" if what == "requests" else f", and the request has {requested}"
+        needs = f", and the request has {requested}" if what in ("rows", "bytes") else ""
         super().__init__(f"the queue is full: {waiting} of {limit} {what} are waiting{needs}")
         self.what = what
         self.limit = limit

@@ -6,12 +6,29 @@ as a deadline is: an `ExpiryTimer` ends them in time.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from sluice_batching.queue import R
+from sluice_batching.queue import R, Taken
 from sluice_batching.run_times import RunTimes
 from sluice_batching.sequences import SequencePolicy, Sequencer
 from sluice_batching.shell import BatchQueue, Clock
+
+
+class _ToldSequencer(Sequencer[R]):
+    """A sequencer that says what is taken, for those who want to know it: others do not even ask."""
+
+    __slots__ = ("_on_taken",)
+
+    def __init__(self, policy: SequencePolicy, on_taken: Callable[[list[R]], None]) -> None:
+        super().__init__(policy)
+        self._on_taken = on_taken
+
+    def take(self, now_ns: int) -> Taken[R]:
+        """As the base, and say so."""
+        taken = super().take(now_ns)
+        if taken.batch:
+            self._on_taken(taken.batch)
+        return taken
 
 
 class SequenceQueue(BatchQueue[R]):
@@ -20,10 +37,17 @@ class SequenceQueue(BatchQueue[R]):
     __slots__ = ("_sequencer",)
 
     def __init__(
-        self, policy: SequencePolicy, clock: Clock = time.monotonic_ns, run_times: RunTimes | None = None
+        self,
+        policy: SequencePolicy,
+        clock: Clock = time.monotonic_ns,
+        run_times: RunTimes | None = None,
+        on_taken: Callable[[list[R]], None] | None = None,
     ) -> None:
+        """`on_taken` is told of each batch in the order in which they are taken, with the queue's lock held: it may
+        take a lock of its own, and calls nothing that takes this one.
+        """
         super().__init__(policy.queue, clock, run_times)
-        self._sequencer: Sequencer[R] = Sequencer(policy)
+        self._sequencer: Sequencer[R] = Sequencer(policy) if on_taken is None else _ToldSequencer(policy, on_taken)
         self._queue = self._sequencer
 
     @property

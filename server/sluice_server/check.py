@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 from sluice_server.errors import SluiceError
 from sluice_server.execution import runtime
 from sluice_server.execution.loader import Host, PreparedModel, prepare
+from sluice_server.execution.merging import MERGE
 from sluice_server.execution.options import describe
 from sluice_server.execution.split import SPLIT
 from sluice_server.repository.autocomplete import normalize
@@ -109,6 +110,8 @@ def _complete_parts(
 
 def _decisions(written: ModelConfig | None, prepared: PreparedModel) -> Iterator[str]:
     yield from explain(written, prepared.config, prepared.groups[0].session.signature)
+    if MERGE in prepared.config.parameters and not prepared.merges:
+        yield f"{MERGE}: each request is its own execution; what dynamic_batching says of the queue holds"
     if prepared.splits:
         yield f"{SPLIT}: requests of more than {prepared.config.max_batch_size} rows are queued in parts, answered once"
     if prepared.proof is not None:

@@ -128,6 +128,15 @@ def test_loads_that_are_merged_are_one_load(first, second):
     assert whole.goodput_per_s <= whole.answered_per_s <= whole.sent_per_s
 
 
+def test_a_load_as_it_was_sent_has_no_lag_and_its_service_times_as_response_times():
+    load = records([(0.0, 1.5, 0.25, 0), (1.0, 0.0, 0.5, 0), (2.0, 0, 0, NOT_SENT)])
+    as_sent = load.as_sent()
+    assert as_sent.intended_s.tolist() == [1.0, 1.5, 2.0]
+    assert as_sent.response_s.tolist() == [0.5, 0.25]
+    assert as_sent.lag_s.tolist() == [0, 0]
+    assert as_sent.outcomes == load.outcomes
+
+
 def test_records_of_unequal_lengths_are_refused():
     times = np.zeros(2)
     with pytest.raises(ValueError, match=r"equally long, these have \[1, 2\]"):
@@ -145,6 +154,7 @@ def test_codes_have_grpcs_names():
         (LAG_P99_LIMIT_S, CPU_LIMIT - 0.01, ""),
         (0.0123, 0.1, "the generator was the bottleneck: p99 of its lag is 12.3 ms (limit 5 ms)"),
         (0.0, CPU_LIMIT, "the generator was the bottleneck: it used 0.90 of a core (limit 0.9)"),
+        (0.0123, 0.95, "the generator was the bottleneck: it used 0.95 of a core (limit 0.9)"),
         (math.nan, 0.0, ""),
     ],
 )

@@ -20,10 +20,10 @@ from sluice_server.execution.batch_proof import (
     Comparison,
     ProofOptions,
     Verdict,
-    merges,
     proof_options,
     prove,
 )
+from sluice_server.execution.merging import merges
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import BadOption
 from sluice_server.execution.probes import PICTURE_SIZES, made_up_rows

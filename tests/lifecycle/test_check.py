@@ -66,6 +66,16 @@ def test_a_model_that_splits_requests_says_so(repository, checked):
     assert not is_said(said["whole"], "split_requests")
 
 
+def test_a_model_whose_requests_are_not_merged_says_so(repository, checked):
+    more = 'parameters { key: "merge_requests" value { string_value: "false" } }'
+    models.write_model(repository, "single", models.identity(), max_batch_size=4, more=more)
+    models.write_model(repository, "merged", models.identity(), max_batch_size=4)
+    code, said = checked()
+    assert code == 0
+    assert is_said(said["single"], "merge_requests: each request is its own execution")
+    assert not is_said(said["merged"], "merge_requests")
+
+
 def test_broken_models_are_marked_and_the_others_still_checked(repository, checked):
     models.write_model(repository, "good", models.identity(), max_batch_size=8)
     file = models.write_model(repository, "bad_file", models.identity()) / "1" / "model.onnx"

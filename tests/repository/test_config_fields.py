@@ -34,7 +34,6 @@ def test_every_field_stands_in_exactly_one_table() -> None:
 
 REFUSALS = [
     ("sequence_batching { iterative_sequence: true }", "sequence_batching.iterative_sequence"),
-    ("sequence_batching { oldest { preserve_ordering: true } }", "sequence_batching.oldest.preserve_ordering"),
     (
         "sequence_batching { state {} state { use_same_buffer_for_input_output: true } }",
         "sequence_batching.state[1].use_same_buffer_for_input_output",
@@ -48,7 +47,6 @@ REFUSALS = [
     ("input { is_non_linear_format_io: true }", "input[0].is_non_linear_format_io"),
     ("output { is_shape_tensor: true }", "output[0].is_shape_tensor"),
     ("output { is_non_linear_format_io: true }", "output[0].is_non_linear_format_io"),
-    ("dynamic_batching { preserve_ordering: true }", "dynamic_batching.preserve_ordering"),
     ('instance_group { profile: "0" }', "instance_group[0].profile[0]"),
     ("instance_group { passive: true }", "instance_group[0].passive"),
     ("instance_group { secondary_devices { device_id: 1 } }", "instance_group[0].secondary_devices[0]"),
@@ -94,7 +92,6 @@ def is_at_or_below(field: str, path: str) -> bool:
     [
         "response_cache { enable: false }",
         "model_transaction_policy { decoupled: false }",
-        "dynamic_batching { preserve_ordering: false }",
         "instance_group { passive: false }",
         "optimization { priority: PRIORITY_DEFAULT cuda { graphs: false } eager_batching: false }",
         'runtime: ""',

@@ -79,7 +79,9 @@ def test_a_batchable_model_that_is_configured_not_to_batch_is_told() -> None:
     assert said[0] == "batchable, but max_batch_size is 0: requests carry whole shapes and are never merged"
     assert said[1] == "dynamic_batching: none, each request is its own execution"
     assert said[-2] == "version_policy: all versions, from the configuration"
-    assert lines(text + "dynamic_batching {}", MLP)[1] == "dynamic_batching: without effect, as max_batch_size is 0"
+    assert lines(text + "dynamic_batching {}", MLP)[1] == "dynamic_batching: merges nothing, as max_batch_size is 0"
+    ordered = lines(text + "dynamic_batching { preserve_ordering: true }", MLP)[1]
+    assert ordered.endswith("; answers leave in the order of the requests")
 
 
 def test_a_response_cache_is_told_with_what_the_server_needs_for_it() -> None:

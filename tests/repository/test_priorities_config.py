@@ -38,6 +38,16 @@ def test_a_policy_needs_no_levels() -> None:
     assert of("default_queue_policy { max_queue_size: 7 }") == Priorities(default_policy=LevelPolicy(max_requests=7))
 
 
+def test_an_order_that_is_preserved_goes_with_one_level_and_timeouts_that_reject() -> None:
+    priorities = of(
+        """preserve_ordering: true priority_levels: 1 default_priority_level: 1
+        default_queue_policy { default_timeout_microseconds: 5000 }
+        priority_queue_policy { key: 1 value { timeout_action: DELAY } }"""
+    )
+    assert priorities is not None
+    assert priorities.default_policy == LevelPolicy(timeout_ns=5 * MS)
+
+
 def test_without_either_there_are_no_priorities() -> None:
     assert of("preferred_batch_size: []") is None
 
@@ -66,6 +76,22 @@ def test_without_either_there_are_no_priorities() -> None:
             f"default_queue_policy {{ default_timeout_microseconds: {MAX_TIMEOUT_US + 1} }}",
             "default_queue_policy.default_timeout_microseconds",
             f"is {MAX_TIMEOUT_US + 1}, expected {MAX_TIMEOUT_US} at most",
+        ),
+        (
+            "preserve_ordering: true priority_levels: 2 default_priority_level: 1",
+            "priority_levels",
+            "is 2, expected 1 at most, as preserve_ordering is true: priorities put requests before others",
+        ),
+        (
+            "preserve_ordering: true default_queue_policy { default_timeout_microseconds: 1 timeout_action: DELAY }",
+            "default_queue_policy.timeout_action",
+            "DELAY puts requests behind others, which preserve_ordering rules out",
+        ),
+        (
+            "preserve_ordering: true priority_levels: 1 default_priority_level: 1 priority_queue_policy"
+            " { key: 1 value { default_timeout_microseconds: 1 timeout_action: DELAY } }",
+            'priority_queue_policy["1"].timeout_action',
+            "DELAY puts requests behind others, which preserve_ordering rules out",
         ),
     ],
 )

@@ -267,7 +267,7 @@ def test_batch_sizes_that_cannot_be_are_refused_at_load(sizes, model_config):
 def test_a_model_that_does_not_batch_has_no_use_for_buckets(key, model_config):
     config = model_config(**{key: "1"})
     config.ClearField("dynamic_batching")
-    with pytest.raises(BadOption, match="max_batch_size is 0 or 1, or dynamic_batching is missing"):
+    with pytest.raises(BadOption, match="is 0 or 1, dynamic_batching is missing, or merge_requests is false"):
         read_buckets(config)
 
 

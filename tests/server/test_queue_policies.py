@@ -24,14 +24,16 @@ pytestmark = pytest.mark.usefixtures("no_errors_logged")
 
 MS = 1_000_000
 
+UNMERGED = 'parameters { key: "merge_requests" value { string_value: "false" } }'
+
 
 @pytest.fixture
 def serve(start_server, repository):
     """Start a server whose model `echo` has this scheduler, and runs one request at a time."""
 
-    def start(scheduler: str, *, max_batch_size: int = 0, **changes):
+    def start(scheduler: str, *, max_batch_size: int = 0, more: str = "", **changes):
         model = models.identity("INT64", ("N", 1) if max_batch_size else (1,))
-        more = f"dynamic_batching {{ {scheduler} }}" if scheduler else ""
+        more += f"dynamic_batching {{ {scheduler} }}" if scheduler else ""
         models.write_model(repository, "echo", model, max_batch_size=max_batch_size, batching=False, more=more)
         return start_server(repository, **{"http": None, "metrics": None, **changes})
 
@@ -101,6 +103,29 @@ def test_priorities_share_batches(serve):
         session.release()
         assert [value_of(call) for call in (first, *calls)] == [-1, 20, 21, 22, 10]
     assert [feeds["X"].ravel().tolist() for feeds in session.runs] == [[-1], [10, 20, 21], [22]]
+
+
+def test_queue_policies_and_priorities_hold_for_batching_models_whose_requests_are_not_merged(serve):
+    server = serve(
+        """priority_levels: 2 default_priority_level: 2
+        priority_queue_policy { key: 2 value { max_queue_size: 2 } }""",
+        max_batch_size=4,
+        more=UNMERGED,
+    )
+
+    def rows(value: int, **parameters: int):
+        return infer_request("echo", {"X": np.array([[value], [value]], np.int64)}, parameters=parameters)
+
+    with held(server.model("echo")) as session:
+        first = server.begin("ModelInfer", rows(-1))
+        session.wait_for_runs(1)
+        calls = begun(server, rows(20), rows(21), rows(10, priority=1))
+        code, text = refusal_of(server.begin("ModelInfer", rows(22)))
+        session.release()
+        for call in (first, *calls):
+            call.result()
+    assert (code, "2 of 2 requests are waiting" in text) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+    assert [feeds["X"].ravel().tolist() for feeds in session.runs] == [[-1, -1], [10, 10], [20, 20], [21, 21]]
 
 
 @pytest.mark.parametrize(

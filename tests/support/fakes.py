@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from sluice_server.execution.cached import CachedModel, CachingRunner
 from sluice_server.execution.instance import BatchRunner, Instance
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
+from sluice_server.execution.ordering import ORDERED, OrderedAnswers
 from sluice_server.observability.statistics import ModelStatistics
 from sluice_server.protocol.dispatch import INFER, STREAM_INFER
 from sluice_server.protocol.encode import Encoder
@@ -181,12 +183,14 @@ def served_model(
     max_batch_rows: int = 8,
     instances: int = 1,
     cache: ResponseCache | None = None,
+    ordered: bool = False,
     clock: Callable[[], int] = time.monotonic_ns,
     **policy: int,
 ) -> ServedModel:
     """A model of one input X and one output Y, both INT64 with one element a row, run by a fake session. Not started.
 
-    `policy` are fields of QueuePolicy. With a cache it is a CachedModel, whose lookups are timed by the clock.
+    `policy` are fields of QueuePolicy. With a cache it is a CachedModel, whose lookups are timed by the clock; when it
+    is `ordered`, its answers leave in order.
     """
     config = ModelConfig(name=name, max_batch_size=max_batch_rows)
     config.input.add(name="X", data_type=DataType.TYPE_INT64, dims=[1])
@@ -202,6 +206,10 @@ def served_model(
         make_model = CachedModel
         model_cache = ModelCache(cache, interface, queue, BatchQueue(rules), statistics, clock)
         runner = CachingRunner(encoder, statistics, to_status, model_cache, has_batch_dimension=max_batch_rows > 0)
+    if ordered:
+        order = OrderedAnswers(rules)
+        runner.keep_order(order)
+        make_model = functools.partial(ORDERED[make_model], order=order)  # type: ignore[index] # it is a class here
     threads = [Instance(f"{name}-{number}", queue, session, runner) for number in range(instances)]
     return make_model(config, interface, queue, threads, runner, statistics, to_status, timer, properties={})
 

@@ -99,6 +99,11 @@ class Records:
         part = slice(*np.searchsorted(self.intended_s, [first_s, last_s]))
         return Records(self.intended_s[part], self.sent_s[part], self.ended_s[part], self.codes[part])
 
+    def as_sent(self) -> Records:
+        """The same load, as if every request had been meant to be sent when it really was."""
+        really_s = np.where(self.codes == NOT_SENT, self.intended_s, self.sent_s)
+        return Records.of(really_s, self.sent_s, self.ended_s, self.codes)
+
     def windows(self, first_s: float, width_s: float, number: int) -> Iterator[Records]:
         """`number` parts of `width_s` seconds each, one after the other, by when requests were due."""
         for index in range(number):
@@ -216,21 +221,33 @@ class Generator:
 
     `cpu_share`: CPU time of its process over the time that passed, 1 for one core. `most_in_flight`: the most requests
     that were open at once. `not_sent`: how many were given up since that was all that it may have open.
+    `lag_limit_s`: the p99 of its lag above which it is too late.
     """
 
     lag_p99_s: float
     cpu_share: float
     most_in_flight: int
     not_sent: int
+    lag_limit_s: float = LAG_P99_LIMIT_S
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it did not send when it should have."""
+        return self.lag_p99_s > self.lag_limit_s
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it had no time left."""
+        return self.cpu_share >= CPU_LIMIT
 
     @property
     def problem(self) -> str:
         """Why the load is the generator's limit and says nothing of the server; "" when it is not."""
-        if self.lag_p99_s > LAG_P99_LIMIT_S:
+        if self.is_busy:
+            return f"the generator was the bottleneck: it used {self.cpu_share:.2f} of a core (limit {CPU_LIMIT:g})"
+        if self.is_late:
             return (
                 f"the generator was the bottleneck: p99 of its lag is {self.lag_p99_s * 1e3:.1f} ms "
-                f"(limit {LAG_P99_LIMIT_S * 1e3:g} ms)"
+                f"(limit {self.lag_limit_s * 1e3:g} ms)"
             )
-        if self.cpu_share >= CPU_LIMIT:
-            return f"the generator was the bottleneck: it used {self.cpu_share:.2f} of a core (limit {CPU_LIMIT:g})"
         return ""

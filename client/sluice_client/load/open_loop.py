@@ -156,7 +156,13 @@ class Sender:
         """Send request `number`; its gRPC status number."""
         turn, index = divmod(number, len(self._requests))
         # Shifted by one each time around, so that every request goes to every endpoint, whatever their numbers are.
-        call, request = self._calls[(number + turn) % len(self._calls)], self._requests[index]
+        return await self._outcome(self._calls[(number + turn) % len(self._calls)], self._requests[index])
+
+    async def connect(self) -> None:
+        """Send one request over each connection, so that no later one has to wait for it to come up."""
+        await asyncio.gather(*(self._outcome(call, self._requests[0]) for call in self._calls))
+
+    async def _outcome(self, call: Any, request: bytes) -> int:
         try:
             await call(request, timeout=self._deadline_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:

@@ -130,11 +130,6 @@ def _read_tolerance(model: str, text: str) -> float:
     return value
 
 
-def merges(config: ModelConfig) -> bool:
-    """Whether requests of this model share batches if its configuration has its way."""
-    return config.max_batch_size > 1 and config.HasField("dynamic_batching")
-
-
 def prove(
     session: Runnable,
     signature: GraphSignature,

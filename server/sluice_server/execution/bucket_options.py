@@ -12,6 +12,7 @@ import numpy as np
 
 from sluice_proto.tensors import BY_CONFIG_TYPE
 from sluice_server.execution.buckets import Bucket, Buckets
+from sluice_server.execution.merging import MERGE, merges
 from sluice_server.execution.parameters import BadOption, parameter_values
 from sluice_server.execution.ragged import is_ragged
 from sluice_server.graph import VARIABLE
@@ -33,10 +34,9 @@ def read_buckets(config: ModelConfig) -> Buckets | None:
     if SHAPES not in parameters and BATCHES not in parameters:
         return None
     for key in (SHAPES, BATCHES):
-        if key in parameters and not (config.max_batch_size > 1 and config.HasField("dynamic_batching")):
-            raise BadOption(
-                config.name, key, parameters[key], "no value: max_batch_size is 0 or 1, or dynamic_batching is missing"
-            )
+        if key in parameters and not merges(config):
+            expected = f"no value: max_batch_size is 0 or 1, dynamic_batching is missing, or {MERGE} is false"
+            raise BadOption(config.name, key, parameters[key], expected)
         if key in parameters and is_ragged(config):
             raise BadOption(config.name, key, parameters[key], "no value: ragged batches are not padded")
     shapes = _Shapes(config, parameters[SHAPES]).read() if SHAPES in parameters else ()

@@ -257,7 +257,7 @@ class CachedModel(ServedModel):
         for request in self._offer(promoted):
             self.statistics.record_refused(Outcome.UNAVAILABLE)
             refusal = Unavailable(f"model '{name}' is not ready: it is being replaced or unloaded; try again")
-            request.call.fail(self._to_status(refusal))
+            self._turn_away(request, refusal)
 
 
 def _nobody(promoted: list[InferRequest]) -> None:

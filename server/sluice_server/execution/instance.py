@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from sluice_batching import BatchQueue, Taken
+    from sluice_server.execution.ordering import OrderedAnswers
     from sluice_server.execution.request import InferRequest
     from sluice_server.observability.statistics import ModelStatistics
     from sluice_server.protocol.interface import ModelInterface
-    from sluice_server.status import StatusMapper
+    from sluice_server.status import Status, StatusMapper
     from sluice_server.transport.call import Call
 
 SMALL_BATCH_BYTES = 1 << 20
@@ -103,6 +104,13 @@ class BatchRunner:
         self._has_batch_dimension = has_batch_dimension and cut is None
         self._clock = clock
         self._serves_steps = False
+        self._order: OrderedAnswers | None = None
+
+    def keep_order(self, order: OrderedAnswers) -> None:
+        """Send answers, and the failures of runs, in this order from now on; called once, before anything runs."""
+        self._order = order
+        order.send_with(self.send)
+        self.send = order.send  # type: ignore[method-assign] # only who keeps an order pays for it
 
     def serve_steps(self, interface: ModelInterface, *, arrays: bool) -> bool:
         """Answer the steps of ensembles too from now on, with `arrays` where it is no use to encode the outputs.
@@ -171,9 +179,7 @@ class BatchRunner:
 
     def give_up(self, batch: Sequence[InferRequest], error: Exception) -> None:
         """End whatever of a batch has not ended; what has is counted already, and a second end has no effect."""
-        status = self._to_status(error)
-        for request in batch:
-            request.call.fail(status)
+        self._end_with(batch, self._to_status(error))
 
     def expire(self, requests: Sequence[InferRequest]) -> None:
         """Answer requests whose time was up while they waited, or would be before the end of a run."""
@@ -252,9 +258,17 @@ class BatchRunner:
         now_ns = self._clock()
         total_ns = sum(now_ns - request.call.received_ns for request in requests)
         self._statistics.record_failure(reason, requests=len(requests), total_ns=total_ns)
-        status = self._to_status(error)
+        self._end_with(requests, self._to_status(error), at_once=reason is FailureReason.REJECTED)
+
+    def _end_with(self, requests: Sequence[InferRequest], status: Status, *, at_once: bool = False) -> None:
+        """Fail the calls of requests; `at_once`: whatever order is kept, as they have not run."""
+        if self._order is not None and not at_once:
+            self._order.fail(requests, status)
+            return
         for request in requests:
             request.call.fail(status)
+        if self._order is not None:
+            self._order.leave(requests)
 
 
 class Instance:

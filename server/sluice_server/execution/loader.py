@@ -6,6 +6,7 @@ and puts a queue and instances around it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes, SequencePolicy, SequenceQueue, SloTuner
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import batch_curve, curve_cache, runtime
+from sluice_server.execution.anticipating import AnticipatingInstance, anticipation_of
 from sluice_server.execution.batch_curve import BatchCurve, CurveOptions
-from sluice_server.execution.batch_proof import Verdict, merges, proof_options, prove
+from sluice_server.execution.batch_proof import Verdict, proof_options, prove
 from sluice_server.execution.bucket_options import read_buckets
 from sluice_server.execution.bucket_proof import padding_problem
 from sluice_server.execution.buckets import PaddedEncoder, gatherer
@@ -25,10 +27,12 @@ from sluice_server.execution.ensemble import EnsembleModel, Part
 from sluice_server.execution.gate import Gate
 from sluice_server.execution.inlets import Inlet
 from sluice_server.execution.instance import BatchRunner, Instance
+from sluice_server.execution.merging import merges
 from sluice_server.execution.model import ServedModel
 from sluice_server.execution.model_cache import ModelCache
 from sluice_server.execution.objective import read_slo_ns
 from sluice_server.execution.options import plan_options
+from sluice_server.execution.ordering import ORDERED, OrderedAnswers, preserves_ordering
 from sluice_server.execution.parameters import parameter_values
 from sluice_server.execution.priorities import priorities_of
 from sluice_server.execution.providers import CUDA, choose_providers, count_gpus
@@ -54,7 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from sluice_batching import ExpiryTimer
+    from sluice_batching import Anticipation, ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig, ModelRateLimiter
     from sluice_server.execution.batch_proof import BatchProof
     from sluice_server.execution.buckets import Buckets
@@ -337,8 +341,11 @@ class ModelLoader:
         make_model, queue, runner = self._scheduling(prepared, interface, statistics, run_times, cache)
         if isinstance(run_times, SloTuner):
             run_times.steer(queue.tune)
+        is_alone = sum(group.threads.instances for group in prepared.groups) == 1
+        waits = is_alone and prepared.merges and not isinstance(run_times, SloTuner)
+        anticipation = anticipation_of(prepared.curve, queue.policy) if waits else None
         instances = [
-            self._instance(f"{completed.name}-{number}", queue, group, number, runner)
+            self._instance(f"{completed.name}-{number}", queue, group, number, runner, anticipation)
             for group in prepared.groups
             for number in range(group.threads.instances)
         ]
@@ -370,12 +377,36 @@ class ModelLoader:
         cache: ResponseCache | None,
     ) -> tuple[Callable[..., ServedModel], BatchQueue[InferRequest], BatchRunner]:
         """What a version is made as, its queue, and what runs its batches."""
-        policy, config = self._queue_policy(prepared), prepared.config
+        policy = self._queue_policy(prepared)
+        if not preserves_ordering(prepared.config):
+            return self._queue_and_runner(prepared, policy, interface, statistics, run_times, cache)
+        # Answers leave in the order of arrival, so that to overtake in the queue gains nothing.
+        policy = replace(policy, deadline_first=False)
+        order = OrderedAnswers(policy)
+        make_model, queue, runner = self._queue_and_runner(
+            prepared, policy, interface, statistics, run_times, cache, order.enter
+        )
+        runner.keep_order(order)
+        ordered = ORDERED[make_model]
+        return functools.partial(ordered, order=order, on_arrival=prepared.sequences is None), queue, runner
+
+    def _queue_and_runner(
+        self,
+        prepared: PreparedModel,
+        policy: QueuePolicy,
+        interface: ModelInterface,
+        statistics: ModelStatistics,
+        run_times: RunTimes,
+        cache: ResponseCache | None,
+        on_taken: Callable[[list[InferRequest]], None] | None = None,
+    ) -> tuple[type[ServedModel], BatchQueue[InferRequest], BatchRunner]:
+        """The same but for an order; of sequences `on_taken` is told what is taken."""
+        config = prepared.config
         encoder, seams = _seams(config, interface, prepared.buckets)
         seams["run_times"] = run_times
         if prepared.sequences is not None:
             sequences: SequenceQueue[InferRequest] = SequenceQueue(
-                _sequence_policy(config, policy), run_times=run_times
+                _sequence_policy(config, policy), run_times=run_times, on_taken=on_taken
             )
             runner = SequenceRunner(encoder, statistics, self._to_status, prepared.sequences, sequences.finish, **seams)
             return SequenceModel, sequences, runner
@@ -388,12 +419,20 @@ class ModelLoader:
         return ServedModel, queue, BatchRunner(encoder, statistics, self._to_status, **seams)
 
     def _instance(
-        self, name: str, queue: BatchQueue[InferRequest], group: DeviceGroup, number: int, runner: BatchRunner
+        self,
+        name: str,
+        queue: BatchQueue[InferRequest],
+        group: DeviceGroup,
+        number: int,
+        runner: BatchRunner,
+        anticipation: Anticipation | None,
     ) -> Instance:
         if self._limiter is not None:
             claim = claim_of(group.limits[number], group.device, self._limiter, name.rpartition("-")[0])
             if claim is not None:
                 return LimitedInstance(name, queue, group.session, runner, self._limiter, claim)
+        if anticipation is not None:
+            return AnticipatingInstance(name, queue, group.session, runner, anticipation)
         return Instance(name, queue, group.session, runner)
 
     def _load_ensemble(

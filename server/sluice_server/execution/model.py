@@ -189,4 +189,8 @@ class ServedModel(Served):
         else:
             self.statistics.record_refused(Outcome.QUEUE_TIMEOUT)
             refusal = DeadlineExceeded("Request timeout expired before it was queued")
-        request.call.fail(self._to_status(refusal))
+        self._turn_away(request, refusal)
+
+    def _turn_away(self, request: InferRequest, error: SluiceError) -> None:
+        """Answer a request that is not accepted."""
+        request.call.fail(self._to_status(error))

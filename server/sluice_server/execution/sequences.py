@@ -297,4 +297,4 @@ class SequenceModel(ServedModel):
             " START flag on the first request of the sequence: it has not begun, or has ended, also by being idle for"
             " too long"
         )
-        request.call.fail(self._to_status(refusal))
+        self._turn_away(request, refusal)

@@ -244,7 +244,7 @@ class SplittingModel(ServedModel):
                 f"inference request batch-size must be <= {self.interface.max_batch_rows} for '{self.interface.name}'"
                 f" with tensors in shared memory, got {request.rows}: such a request is not split"
             )
-            request.call.fail(self._to_status(refusal))
+            self._turn_away(request, refusal)
             return []
         whole = Whole(request, self.interface.max_batch_rows)
         request.call.on_cancel = functools.partial(self._cancel_whole, whole)

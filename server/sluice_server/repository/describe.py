@@ -10,6 +10,8 @@ from sluice_server.repository.ensembles import graph_of, version_of
 from sluice_server.repository.ragged import made_inputs
 from sluice_server.repository.validate import Tensor
 
+ANSWERS_IN_ORDER = "; answers leave in the order of the requests"
+
 
 def explain(written: ModelConfig | None, completed: ModelConfig, signature: GraphSignature) -> list[str]:
     """Give one sentence for each decision: batching, scheduler, tensors, versions, instances.
@@ -80,7 +82,8 @@ def _sequences(completed: ModelConfig) -> str:
         rows = max(1, completed.max_batch_size)
         groups = sum(group.count * max(1, len(group.gpus)) for group in completed.instance_group)
         slots = f"direct, {groups} x {rows} sequences at a time"
-    return f"sequence_batching: {slots}; states {states}; one that is idle for {idle_us} us ends"
+    ordered = ANSWERS_IN_ORDER if batching.oldest.preserve_ordering else ""
+    return f"sequence_batching: {slots}; states {states}; one that is idle for {idle_us} us ends{ordered}"
 
 
 def _scheduler(written: ModelConfig, completed: ModelConfig) -> str:
@@ -88,13 +91,14 @@ def _scheduler(written: ModelConfig, completed: ModelConfig) -> str:
         return _sequences(completed)
     if not completed.HasField("dynamic_batching"):
         return "dynamic_batching: none, each request is its own execution"
+    ordered = ANSWERS_IN_ORDER if completed.dynamic_batching.preserve_ordering else ""
     if not completed.max_batch_size:
-        return "dynamic_batching: without effect, as max_batch_size is 0"
+        return f"dynamic_batching: merges nothing, as max_batch_size is 0{ordered}"
     origin = "from the configuration" if written.HasField("dynamic_batching") else "added by auto-complete"
     policy = completed.dynamic_batching
     sizes = ", ".join(map(str, policy.preferred_batch_size))
     delay = policy.max_queue_delay_microseconds
-    return f"dynamic_batching: {origin}; preferred batch sizes {sizes}; queue delay at most {delay} us"
+    return f"dynamic_batching: {origin}; preferred batch sizes {sizes}; queue delay at most {delay} us{ordered}"
 
 
 def _ragged(completed: ModelConfig) -> Iterator[str]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup, ModelOutput
+from sluice_proto.model_config_pb2 import ModelConfig, ModelInput, ModelInstanceGroup, ModelOutput, ModelQueuePolicy
 from sluice_proto.tensors import BY_CONFIG_TYPE
 from sluice_server.graph import VARIABLE, GraphSignature, TensorSpec, format_shape
 from sluice_server.repository.errors import ConfigError, ModelLoadError
@@ -170,6 +170,9 @@ def _check_priorities(config: ModelConfig, model: str) -> None:
     """Check priority levels, and that policies are of levels that there are."""
     scheduler = config.dynamic_batching
     levels, default = scheduler.priority_levels, scheduler.default_priority_level
+    if scheduler.preserve_ordering and levels > 1:
+        what = f"is {levels}, expected 1 at most, as preserve_ordering is true: priorities put requests before others"
+        raise _config_error(model, "dynamic_batching.priority_levels", what)
     field = "dynamic_batching.default_priority_level"
     if levels and not 1 <= default <= levels:
         raise _config_error(model, field, f"is {default}, expected 1 to priority_levels, which is {levels}")
@@ -187,6 +190,9 @@ def _check_priorities(config: ModelConfig, model: str) -> None:
         if timeout_us > MAX_TIMEOUT_US:
             what = f"is {timeout_us}, expected {MAX_TIMEOUT_US} at most"
             raise _config_error(model, f"dynamic_batching.{where}.default_timeout_microseconds", what)
+        if scheduler.preserve_ordering and timeout_us and policy.timeout_action == ModelQueuePolicy.DELAY:
+            field = f"dynamic_batching.{where}.timeout_action"
+            raise _config_error(model, field, "DELAY puts requests behind others, which preserve_ordering rules out")
 
 
 def _check_response_cache(config: ModelConfig, model: str) -> None:
