@@ -16,8 +16,8 @@ SERVE_FLAGS ?=
 # Test files side by side, each in one process, as a file's tests may share a server.
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup serve demo test check proto models bench sweep replay-check fuzz perf_analyzer grpcurl silero sidecar \
-  envoy-descriptors chaos loadtest image clean
+.PHONY: help setup serve demo test check proto models bench bench-compare bench-readme sweep replay-check fuzz perf_analyzer \
+  grpcurl silero sidecar envoy-descriptors chaos loadtest image clean
 
 help:
 	@echo "make serve     serve the demo models on ports 8001 (gRPC), 8000 (HTTP), 8002 (metrics)"
@@ -25,6 +25,7 @@ help:
 	@echo "make sidecar   serve them by two servers behind Envoy: gRPC, REST and JSON on port 9001"
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
+	@echo "make bench-compare [OLD=.. NEW=..]   what became worse between two runs of it"
 	@echo "make sweep     Triton's perf_analyzer over gRPC, streams, shared memory and REST, at rising concurrency"
 	@echo "make replay-check  capture a load, replay it on time, find no difference, and find a spoiled model"
 	@echo "make loadtest  a scenario's load by Locust, held to its objectives (SCENARIO=name or file.toml, HOST=, VIA=envoy)"
@@ -119,8 +120,19 @@ $(VENV)/.bench: $(VENV)/.dev
 	@$(PIP) install --constraint constraints.txt --no-deps rapidocr-onnxruntime
 	@touch $@
 
+# Writes loadtests/results/latest.json too, unless BENCH_FLAGS has --json=FILE.
 bench: $(VENV)/.bench $(VENV)/.native
 	@$(BIN)/python -m loadtests.bench $(BENCH_FLAGS)
+
+# Ends with 1 when a ratio is worse in NEW than in OLD by more than the spreads of the rounds explain.
+OLD ?= loadtests/results/published.json
+NEW ?= loadtests/results/latest.json
+bench-compare: $(VENV)/.dev
+	@$(BIN)/python -m loadtests.compare $(OLD) $(NEW)
+
+# README's tables, out of loadtests/results/published.json.
+bench-readme: $(VENV)/.dev
+	@$(BIN)/python -m loadtests.readme
 
 # Ends with 1 when any request failed.
 sweep: $(VENV)/.dev $(VENV)/.native $(TOOLS)/bin/perf_analyzer

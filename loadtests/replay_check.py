@@ -20,7 +20,6 @@ from loadtests import processes
 from loadtests.models import DEMO_DIGITS
 from loadtests.processes import ServerFailed
 from loadtests.results import Goal
-from loadtests.summary import summarize
 from loadtests.table import render_goals
 from sluice_batching.arrivals import Constant, arrivals, exponential
 from sluice_client.load.open_loop import Run, Sender, run_precisely, send_at
@@ -74,9 +73,9 @@ def check(scratch: Path, requests: int, rate_per_s: float, transport: str, round
     same = _replayed(capture, repository, scratch, transport, rounds)
     _spoil(repository / MODEL / "1" / "model.onnx")
     spoiled = _replayed(capture, repository, scratch, transport, 1)
-    captured = summarize([len(capture.requests) / requests])
-    gaps_ms = summarize([verdict.replayed.gap_error_p99_s * 1e3 for verdict in same])
-    differ, found = (summarize([len(verdict.differing) for verdict in verdicts]) for verdicts in (same, spoiled))
+    captured = (len(capture.requests) / requests,)
+    gaps_ms = tuple(verdict.replayed.gap_error_p99_s * 1e3 for verdict in same)
+    differ, found = (tuple(len(verdict.differing) for verdict in verdicts) for verdicts in (same, spoiled))
     return [
         Goal("share of the requests that is in the file", captured, 1, at_least=True),
         Goal("gaps between requests, p99 of their error in ms", gaps_ms, GAP_ERROR_MS, at_least=False),

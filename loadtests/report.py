@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loadtests.markdown import markdown
 from loadtests.plots import draw_all, to_svg
 from loadtests.slo import Value, Verdict, judge
-from loadtests.table import markdown
 from sluice_client.load.latencies import Quantiles
 
 if TYPE_CHECKING:

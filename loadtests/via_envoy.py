@@ -37,10 +37,10 @@ WARM_UP = 500
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to the server: the port to call, and the process of Envoy if there is one on it."""
+    """One way to the server: the HOST:PORT to call, and the process of Envoy if there is one on it."""
 
     name: str
-    port: int
+    address: str
     envoy_pid: int | None = None
 
 
@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scratch = Path(name)
         model = generate("identity", scratch / "models")
         with processes.sluice(scratch / "models", scratch, "native") as server:
-            variant = Variant((Upstream(f"127.0.0.1:{server.port}"),), rate=1_000_000, access_log="/dev/null")
+            variant = Variant((Upstream(server.address),), rate=1_000_000, access_log="/dev/null")
             with sidecar(variant) as envoy:
-                ways = (Way("direct", server.port), Way("Envoy", int(envoy.address.rpartition(":")[2]), envoy.pid))
-                request = h2load.grpc_request(METHOD, model.request, len(probe(server.port, model)))
+                ways = (Way("direct", server.address), Way("Envoy", envoy.address, envoy.pid))
+                request = h2load.grpc_request(METHOD, model.request, len(probe(server.address, model.request)))
                 for load in LOADS:
                     _compare(ways, request, load, options.rounds, options.requests, scratch)
     return 0
@@ -65,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(ways: Sequence[Way], request: Request, load: Load, rounds: int, requests: int, scratch: Path) -> None:
     for way in ways:
-        h2load.run(way.port, request, load, WARM_UP, scratch)
+        h2load.run(way.address, request, load, WARM_UP, scratch)
     measured: dict[str, list[tuple[Measured, float]]] = {way.name: [] for way in ways}
     for _ in range(rounds):
         for way in ways:
             begun_s = read_cpu_s(way.envoy_pid) if way.envoy_pid else 0.0
-            found = h2load.run(way.port, request, load, requests, scratch)
+            found = h2load.run(way.address, request, load, requests, scratch)
             cpu_s = read_cpu_s(way.envoy_pid) - begun_s if way.envoy_pid else 0.0
             measured[way.name].append((found, cpu_s / requests * 1e6))
     print(f"in flight {load}:")
