@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     Run = Callable[..., tuple[int, str, str]]
 
+pytestmark = pytest.mark.timed
+
 INPUTS = ("--input", "X=[[1,2,3]]", "--input", 'S=["a"]')
 
 

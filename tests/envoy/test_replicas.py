@@ -22,6 +22,8 @@ from sluice_client.load.latencies import quantile
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.timed
+
 CHAOS_S = float(os.environ.get("SLUICE_CHAOS_S", "0"))
 
 STANDS_S = 0.2

@@ -20,6 +20,8 @@ from loadtests.slo import KINDS
 if TYPE_CHECKING:
     from conftest import StartServer
 
+pytestmark = pytest.mark.timed
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TIMEOUT_S = 240
