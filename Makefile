@@ -89,7 +89,8 @@ ifneq ($(CARGO),)
 	@echo "Compiling the native transport's own tests (a minute or two the first time) ..."
 	@$(CRATE) cargo test --locked --quiet
 endif
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS) --ignore tests/batching
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) --ignore tests/batching -m 'not timed'
+	@$(BIN)/python -m pytest -m timed
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -60,6 +60,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 @events.init.add_listener
 def _begin(environment: Environment, **_: Any) -> None:
     options: Any = environment.parsed_options
+    if not (options.scenario and options.outcome):
+        raise SystemExit("give --scenario FILE and --outcome FILE, or let `make loadtest` do so")
     scenario = read_scenario(Path(options.scenario))
     is_alone = not isinstance(environment.runner, MasterRunner | WorkerRunner)
     if is_alone and scenario.generator.workers > 1:

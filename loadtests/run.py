@@ -195,17 +195,17 @@ def send(scenario: Scenario, address: str, http_address: str, scratch: Path) -> 
             locust = start(*headless, "--master", f"--master-bind-port={port}", f"--expect-workers={workers}")
             for _ in range(workers):
                 start("--worker", f"--master-port={port}")
-        _wait(locust, scenario.duration_s + SLACK_S)
+        _wait(locust, scenario.duration_s + SLACK_S, log)
     if not path.exists():
         raise LoadFailed(f"Locust ended without an outcome:\n{log.read_text()}")
     return read_outcome(path)
 
 
-def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+def _wait(process: subprocess.Popen[bytes], timeout_s: float, log: Path) -> None:
     try:
         process.wait(timeout_s)
     except subprocess.TimeoutExpired:
-        raise LoadFailed(f"the load did not end within {timeout_s:g} s") from None
+        raise LoadFailed(f"the load did not end within {timeout_s:g} s; Locust's log:\n{log.read_text()}") from None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import gevent
 from gevent.event import AsyncResult
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from loadtests.payloads import PayloadError
 from loadtests.scenario import REST, SHARED_MEMORY, SLUICE, STREAM, UNARY
 from sluice_client import Client, ClientError, ServerError
 from sluice_client.load.latencies import CODES, OK
@@ -217,7 +218,8 @@ class TritonRest(Sender):
 class TritonShared(Sender):
     """ModelInfer with tritonclient, whose tensors are in system shared memory.
 
-    One region holds the inputs of all payloads, another a slot of outputs for each request that may be open.
+    One region holds the inputs of all payloads, another a slot of outputs for each request that may be open. A request
+    that was given up may still write into its slot: nobody reads outputs while others are open.
     """
 
     def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, open_limit: int) -> None:
@@ -230,7 +232,9 @@ class TritonShared(Sender):
         self._inputs = self._place_inputs()
         self._slot_bytes = max(sum(array.nbytes for array in payload.answer.values()) for payload in payloads)
         if not self._slot_bytes:
-            raise ValueError(f"{kind.golden} has no array for any output of {kind.model!r}, which shared memory needs")
+            raise PayloadError(
+                f"{kind.golden} has no array for any output of {kind.model!r}, which shared memory needs"
+            )
         self._output_region = self._region("out", self._slot_bytes * open_limit)
         self._free = list(range(open_limit))
 

@@ -92,14 +92,21 @@ class Sidecar:
 
     def healthy(self, cluster: str = "sluice") -> frozenset[str]:
         """The addresses (`host:port`, or the path of a socket) to which requests go now."""
-        clusters = json.loads(self.get("/clusters?format=json"))["cluster_statuses"]
-        (found,) = [one for one in clusters if one["name"] == cluster]
         # A flag of `health_status` that is there is a reason against the host; eds_health_status is always there.
         return frozenset(
             _endpoint(host["address"])
-            for host in found.get("host_statuses", ())
+            for host in self._hosts(cluster)
             if host["health_status"].keys() <= {"eds_health_status"}
         )
+
+    def requests(self, cluster: str = "sluice") -> dict[str, int]:
+        """How many requests, repeated ones too, have gone to each address."""
+        return {
+            _endpoint(host["address"]): int(stat.get("value", 0))
+            for host in self._hosts(cluster)
+            for stat in host["stats"]
+            if stat["name"] == "rq_total"
+        }
 
     def wait_until_healthy(self, count: int) -> None:
         """Return when requests go to so many replicas; SidecarError when it does not come to that."""
@@ -118,6 +125,12 @@ class Sidecar:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _hosts(self, cluster: str) -> list[dict[str, Any]]:
+        clusters = json.loads(self.get("/clusters?format=json"))["cluster_statuses"]
+        (found,) = [one for one in clusters if one["name"] == cluster]
+        hosts: list[dict[str, Any]] = found.get("host_statuses", [])
+        return hosts
 
     def _listener(self, name: str) -> str:
         listeners = json.loads(self.get("/listeners?format=json"))["listener_statuses"]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     Run = Callable[..., tuple[int, str, str]]
 
+pytestmark = pytest.mark.timed
+
 INPUTS = ("--input", "X=[[1,2,3]]", "--input", 'S=["a"]')
 
 
@@ -191,8 +193,9 @@ def test_the_capacity_of_a_real_server_is_near_one_over_its_service_time(
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert (exit_status, found["end"]) == (0, "found"), captured.err
-    *_, held, missed = found["curve"]
-    assert held["rate_per_s"] == found["capacity_per_s"]
+    *_, missed = found["curve"]
+    *_, held = (point for point in found["curve"] if point["rate_per_s"] == found["capacity_per_s"])
+    assert (held["verdict"], missed["rate_per_s"] > held["rate_per_s"]) == ("holds", True)
     # What the instance had to do of what it can: requests/s times seconds in a run, by the server's own statistics.
     busy, busier = (point["rate_per_s"] * point["server"]["compute_ms"] / 1e3 for point in (held, missed))
     assert busy < 1.2

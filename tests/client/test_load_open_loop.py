@@ -26,6 +26,8 @@ from support.virtual_time import passing, run_virtually
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.timed
+
 REQUEST = infer_request("identity", {"X": np.ones((1, 4), np.float32)}).SerializeToString()
 
 

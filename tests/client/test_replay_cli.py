@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     Replay = Callable[..., tuple[int, Any]]
 
+pytestmark = pytest.mark.timed
+
 COMMANDS = [EntryPoint("replay", "sluice_client.replay.cli:replay", cli.COMMANDS_GROUP)]
 
 UNDECIDED = 3

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
-import time
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from edges import echo, socket_folder
 
 from deploy.envoy.bootstrap import Upstream, Variant
@@ -77,8 +76,24 @@ class Pair:
         for replica in self.replicas:
             replica.wait_until_serving()
         upstreams = tuple(Upstream(f"unix:{replica.socket}") for replica in self.replicas)
-        self.envoy = stack.enter_context(sidecar(Variant(upstreams, access_log="/dev/null")))
+        self._log = sockets / "access.log"
+        self._failures_read = 0
+        self.envoy = stack.enter_context(sidecar(Variant(upstreams, access_log=str(self._log))))
         self.envoy.wait_until_healthy(2)
+
+    def failures(self, count: int) -> list[dict[str, Any]]:
+        """The records of Envoy's access log of the next so many calls that were not answered with OK."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            records = map(json.loads, self._log.read_text().splitlines())
+            failed = [record for record in records if record["grpc_status"] != "OK"]
+            found[:] = failed[self._failures_read :]
+            return len(found) >= count
+
+        eventually(look, f"{count} calls that failed are in the access log")
+        self._failures_read += len(found)
+        return found
 
 
 class Load:
@@ -86,8 +101,6 @@ class Load:
 
     def __init__(self, address: str, rate_per_s: float, deadline_s: float = PATIENCE_S) -> None:
         self._stop = threading.Event()
-        self._begun = threading.Event()
-        self._first_ns = 0
         self._address = address
         self._deadline_s = deadline_s
         self._times_s = takewhile(lambda _: not self._stop.is_set(), arrivals(Constant(rate_per_s), even()))
@@ -103,8 +116,6 @@ class Load:
         async with Sender(self._address, requests, deadline_s=self._deadline_s, connections=2) as sender:
 
             async def send(number: int) -> int:
-                if number == 0:
-                    self._first_ns = time.monotonic_ns()
                 self.sent = number + 1
                 return await sender(number)
 
@@ -128,14 +139,6 @@ class Load:
         assert self.records is not None, "the load has failed"
         return self.records
 
-    def failed_apart_from(self, moment_ns: int, give_s: float) -> dict[str, int]:
-        """Who failed by code, apart from those in flight at a moment (give or take some seconds)."""
-        records = self.finished
-        moment_s = (moment_ns - self._first_ns) / 1e9 + records.sent_s[0]
-        in_flight = (records.sent_s <= moment_s + give_s) & (records.ended_s >= moment_s - give_s)
-        keep = ~in_flight
-        return type(records)(*(getattr(records, name)[keep] for name in records.__slots__)).outcomes
-
     @property
     def failed(self) -> dict[str, int]:
         """How many failed with each code."""
@@ -153,8 +156,3 @@ def under_load(address: str, rate_per_s: float = RATE_PER_S) -> Iterator[Load]:
         load.wait_for_more(100)
     finally:
         load.stop()
-
-
-def slow_share(records: Records, above_s: float) -> float:
-    """Of the requests, how many took longer than this from when they were due."""
-    return float(np.mean(records.response_s > above_s))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
+import re
+import subprocess
 import time
 
 import grpc
@@ -12,7 +15,7 @@ from edges import call_with, echo, trailers
 from grpc_health.v1 import health_pb2
 from tritonclient.grpc import InferenceServerClient, InferInput
 
-from deploy.envoy import descriptors
+from deploy.envoy import bootstrap, descriptors
 from sluice_proto import grpc_service_pb2 as pb
 from support.conversation import Conversation
 from support.fakes import eventually, held
@@ -32,6 +35,8 @@ OPEN = {
     "RepositoryIndex",
 }
 CLOSED = sorted({method.name for method in SERVICE.methods} - OPEN)
+
+README = bootstrap.SOURCE.parent / "README.md"
 
 WORKED = f"/{SERVICE.full_name}/"
 
@@ -216,7 +221,8 @@ def test_the_access_log_says_what_became_of_a_call_and_where(start_replica, star
     call_with(edge, "ModelInfer", echo(7), timeout_s=7).result()
     edge.through.refusal("RepositoryModelLoad", b"")
     (record,) = edge.logged(path=f"{WORKED}ModelInfer")
-    assert record["deadline"] in {"7S", "7000m"}
+    (number, unit) = re.fullmatch(r"(\d+)([Sm])", record["deadline"]).groups()
+    assert 0 < int(number) * {"S": 1000, "m": 1}[unit] <= 7000
     assert record["grpc_status"] == "OK"
     assert record["upstream"] == edge.server.target.removeprefix("unix:")
     assert record["attempts"] == 1
@@ -226,14 +232,14 @@ def test_the_access_log_says_what_became_of_a_call_and_where(start_replica, star
 
 
 def test_a_rate_limit_refuses_what_is_above_it_and_says_when_to_come_back(start_replica, start_edge):
-    edge = start_edge(start_replica(http=None), rate=3)
-    calls = [call_with(edge, "ModelInfer", echo(1)) for _ in range(6)]
+    edge = start_edge(start_replica(), rate=1)
+    calls = [call_with(edge, "ModelInfer", echo(1)) for _ in range(20)]
     refused = [call for call in calls if call.code() is not grpc.StatusCode.OK]
-    assert 2 <= len(refused) <= 3
+    assert 0 < len(refused) < 20
     for call in refused:
         assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert trailers(call)["grpc-retry-pushback-ms"] == "100"
-    assert edge.post_json("/json/models/echo/infer", {}).status == 429
+    assert 429 in {edge.post_json("/json/models/echo/infer", {}).status for _ in range(20)}
     check = edge.through.channel.unary_unary("/grpc.health.v1.Health/Check")
     assert [check(b"", timeout=CALL_TIMEOUT_S) for _ in range(6)] == [b"\x08\x01"] * 6
 
@@ -263,8 +269,13 @@ def test_ready_follows_the_server_and_the_operator(start_replica, start_edge):
     assert code is grpc.StatusCode.UNAVAILABLE
     edge.server.server._health.set_serving("", serving=True)
     eventually(lambda: ready() == 200, "it is ready again")
-    edge.envoy.drain()
+    # As the hook in the README does it, from within the container.
+    (hook,) = re.findall(r"bash -c '(.*?)\n +sleep 10'", README.read_text(), re.DOTALL)
+    assert "/127.0.0.1/9901" in hook
+    port = edge.envoy.admin.rpartition(":")[2]
+    subprocess.run(["bash", "-c", hook.replace("/9901", f"/{port}")], check=True, stdout=subprocess.DEVNULL)
     assert ready() == 503
+    assert json.loads(edge.envoy.get("/server_info"))["state"] == "DRAINING"
 
 
 def test_a_proxy_that_drains_finishes_what_it_has_and_sends_its_clients_away(start_replica, start_edge):

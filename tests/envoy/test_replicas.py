@@ -15,15 +15,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 from edges import need_envoy
-from replicas import Pair, Replica, slow_share, under_load, write_models
+from replicas import Pair, Replica, under_load, write_models
+
+from sluice_client.load.latencies import quantile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.timed
+
 CHAOS_S = float(os.environ.get("SLUICE_CHAOS_S", "0"))
 
-NOTICE_S = 0.1
-"""Within so long Envoy's process learns that a socket has been closed, also on a machine that is busy."""
+STANDS_S = 0.2
+"""How long the slow one stands still at a time."""
+
+EJECTIONS = "cluster.sluice.outlier_detection.ejections_enforced_consecutive_local_origin_failure"
 
 
 @pytest.fixture(scope="module")
@@ -60,27 +66,27 @@ def test_one_that_is_killed_loses_only_what_was_in_flight_there(pair):
     for replica, _ in turns(pair):
         with under_load(pair.envoy.address) as load:
             replica.process.signal(signal.SIGKILL)
-            killed_ns = time.monotonic_ns()
             replica.process.wait()
             load.wait_for_more(200)
-        outcomes = load.failed_apart_from(killed_ns, NOTICE_S)
-        assert outcomes.keys() == {"OK"}
-        assert sum(load.failed.values()) <= 20
-        ejections = "cluster.sluice.outlier_detection.ejections_enforced_consecutive_local_origin_failure"
-        assert pair.envoy.stat(ejections) >= 1
         replica.start_again()
         pair.envoy.wait_until_healthy(2)
+        assert load.failed.keys() <= {"UNAVAILABLE"}
+        failures = pair.failures(sum(load.failed.values()))
+        assert len(failures) == sum(load.failed.values())
+        # UC: the connection on which a request was under way has ended. None failed for want of a connection.
+        assert {(record["upstream"], record["flags"]) for record in failures} <= {(replica.socket, "UC")}
+        assert pair.envoy.stat(EJECTIONS) >= 1
 
 
 @contextmanager
-def slowed(replica: Replica, runs_s: float = 0.02, stands_s: float = 0.2) -> Iterator[None]:
+def slowed(replica: Replica) -> Iterator[None]:
     """Let it run a tenth of the time only."""
     over = threading.Event()
 
     def hinder() -> None:
-        while not over.wait(runs_s):
+        while not over.wait(STANDS_S / 10):
             replica.process.signal(signal.SIGSTOP)
-            over.wait(stands_s)
+            over.wait(STANDS_S)
             replica.process.signal(signal.SIGCONT)
 
     thread = threading.Thread(target=hinder)
@@ -94,14 +100,19 @@ def slowed(replica: Replica, runs_s: float = 0.02, stands_s: float = 0.2) -> Ite
 
 
 def test_one_that_is_slow_gets_less_and_harms_nobody_else(pair):
-    for replica, _ in turns(pair):
+    for replica, other in turns(pair):
+        before = pair.envoy.requests()
         with under_load(pair.envoy.address) as load, slowed(replica):
             load.wait_for_more(400)
+            after = pair.envoy.requests()
             assert replica.socket in pair.envoy.healthy()
         assert load.failed == {}
-        assert slow_share(load.finished, 0.15) < 0.25
+        slow, fast = (after[one.socket] - before[one.socket] for one in (replica, other))
+        assert slow < fast / 2
+        assert quantile(load.finished.service_s, 0.5) < STANDS_S
 
 
+@pytest.mark.skipif(not CHAOS_S, reason="Envoy takes its time to be sure: make chaos")
 def test_one_that_is_frozen_is_left_out_until_it_answers_again(pair):
     for replica, other in turns(pair):
         with under_load(pair.envoy.address) as load:
@@ -109,9 +120,12 @@ def test_one_that_is_frozen_is_left_out_until_it_answers_again(pair):
             try:
                 pair.envoy.wait_until_healthy(1)
                 assert pair.envoy.healthy() == {other.socket}
+                before = pair.envoy.requests()
                 load.wait_for_more(200)
+                after = pair.envoy.requests()
             finally:
                 replica.process.signal(signal.SIGCONT)
             pair.envoy.wait_until_healthy(2)
         assert load.failed == {}
-        assert slow_share(load.finished, 1.0) < 0.25
+        assert after[replica.socket] == before[replica.socket]
+        assert after[other.socket] - before[other.socket] > 150

@@ -54,6 +54,12 @@ def test_a_step_of_a_sequence_is_not_sent_again_and_its_sequence_stays_where_it_
     assert {record["attempts"] for record in half_gone.logged(cluster="sluice_sequences")} == {1}
 
 
+@pytest.mark.parametrize(("size_bytes", "codes"), [(3 << 20, {OK}), (5 << 20, {OK, UNAVAILABLE})])
+def test_requests_up_to_four_mebibytes_are_kept_to_be_sent_again(size_bytes, codes, half_gone):
+    request = echo(1, parameters={"ignored": "x" * size_bytes})
+    assert {call_with(half_gone, "ModelInfer", request).code() for _ in range(16)} == codes
+
+
 def test_a_stream_is_not_sent_again(half_gone):
     codes = set()
     for _ in range(32):

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests.compare import ROUNDS_MIN, Verdict, compare, main
@@ -70,7 +70,6 @@ def test_ratios_of_one_run_alone_are_told_apart() -> None:
 rounds = st.lists(st.floats(0.01, 100), min_size=ROUNDS_MIN, max_size=6)
 
 
-@settings(deadline=None)
 @given(rounds, rounds, st.booleans())
 def test_there_and_back_never_is_worse_twice_and_a_run_is_as_good_as_itself(
     first: list[float], second: list[float], at_least: bool

@@ -28,6 +28,8 @@ from loadtests.timed import Times
 from sluice_client import Client
 from sluice_client.load.latencies import OK, Records
 
+pytestmark = pytest.mark.timed
+
 ITERATIONS_PER_MS = 100.0
 """About a tenth of this machine's, so that runs take a tenth of their time: nothing here depends on how long."""
 

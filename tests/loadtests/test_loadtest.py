@@ -20,6 +20,8 @@ from loadtests.slo import KINDS
 if TYPE_CHECKING:
     from conftest import StartServer
 
+pytestmark = pytest.mark.timed
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TIMEOUT_S = 240
@@ -47,10 +49,10 @@ def failed(result: dict[str, Any]) -> set[str]:
 def test_a_short_run_keeps_its_ratios(tmp_path, transport):
     """The run of continuous integration: no request fails, and load costs a request a multiple of a lone one's time."""
     write_repository(tmp_path)
-    arrivals = '[arrivals]\nprocess = "poisson"\nper_s = 40'
-    slo = "[slo]\nerror_ratio = 0\np99_over_lone_p50 = 30\narrival_error_over_gap = 1\nmin_goodput_ratio = 0.9"
+    arrivals = '[arrivals]\nprocess = "poisson"\nper_s = 8'
+    slo = "[slo]\nerror_ratio = 0\np99_over_lone_p50 = 50\narrival_error_over_gap = 1\nmin_goodput_ratio = 0.9"
     requests = '[[requests]]\nmodel = "double"\ndeadline_ms = 10_000'
-    scenario = write_scenario(tmp_path, arrivals, requests, slo, GENEROUS)
+    scenario = write_scenario(tmp_path, 'title = "Short"\nduration_s = 4', arrivals, requests, slo, GENEROUS)
     for _ in range(TRIES):
         done, result = loadtest(tmp_path, scenario, f"--transport={transport}")
         (told,) = result["runs"]
@@ -60,7 +62,7 @@ def test_a_short_run_keeps_its_ratios(tmp_path, transport):
     assert (done.returncode, failed(result)) == (0, set()), done.stdout + done.stderr
     assert result["passed"]
     assert re.search(
-        r"\| response time p99, over a lone request's p50 +\| +at most 30 \| +[\d.,]+ \| pass \|", done.stdout
+        r"\| response time p99, over a lone request's p50 +\| +at most 50 \| +[\d.,]+ \| pass \|", done.stdout
     )
 
 

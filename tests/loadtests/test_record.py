@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests import record as records
@@ -48,7 +48,6 @@ any_record = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(any_record)
 def test_what_is_written_comes_back(record: Record) -> None:
     text = json.dumps(to_json(record), allow_nan=False)

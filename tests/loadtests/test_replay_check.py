@@ -7,6 +7,8 @@ import pytest
 from loadtests import replay_check
 from loadtests.results import Goal
 
+pytestmark = pytest.mark.timed
+
 
 def test_a_short_check_captures_everything_replays_it_the_same_and_finds_the_spoiled_model(transport, tmp_path):
     share, gaps, same, spoiled = replay_check.check(tmp_path, 200, 500.0, transport, 1)
