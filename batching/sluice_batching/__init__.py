@@ -2,6 +2,7 @@
 
 from sluice_batching.answer_order import AnswerOrder
 from sluice_batching.coalescer import Coalescer
+from sluice_batching.delay_trials import DelayTrials, Wait
 from sluice_batching.errors import (
     BatchingError,
     DeadlineExpired,
@@ -35,6 +36,7 @@ __all__ = [
     "Claim",
     "Coalescer",
     "DeadlineExpired",
+    "DelayTrials",
     "Draining",
     "ExpiryTimer",
     "Group",
@@ -64,4 +66,5 @@ __all__ = [
     "Taken",
     "TooFewCopies",
     "TooLate",
+    "Wait",
 ]
