@@ -4,6 +4,7 @@ from sluice_batching.answer_order import AnswerOrder
 from sluice_batching.anticipation import Anticipation, Company
 from sluice_batching.arrivals import Constant, Diurnal, Ramp, Rate
 from sluice_batching.coalescer import Coalescer
+from sluice_batching.delay_trials import DelayTrials, Wait
 from sluice_batching.errors import (
     BatchingError,
     DeadlineExpired,
@@ -40,6 +41,7 @@ __all__ = [
     "Company",
     "Constant",
     "DeadlineExpired",
+    "DelayTrials",
     "Diurnal",
     "Draining",
     "ExpiryTimer",
@@ -72,4 +74,5 @@ __all__ = [
     "Taken",
     "TooFewCopies",
     "TooLate",
+    "Wait",
 ]

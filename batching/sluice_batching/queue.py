@@ -53,6 +53,7 @@ from itertools import islice
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from sluice_batching import deadlines, lateness, overtaking
+from sluice_batching.delay_trials import NO_WAIT, Wait
 from sluice_batching.errors import BatchingError, DeadlineExpired, Draining, QueueFull, RequestTooLarge, TooLate
 from sluice_batching.policy import QueuePolicy
 from sluice_batching.request import NEVER_QUEUED, NO_DEADLINE, Request
@@ -111,9 +112,11 @@ class Queue(Generic[R]):
         "_due_after",
         "_full_rows",
         "_groups",
+        "_hurry_ns",
         "_last_rank",
         "_level_rank",
         "_max_bytes",
+        "_max_delay_ns",
         "_max_rows",
         "_merge_rows",
         "_next_order",
@@ -133,7 +136,6 @@ class Queue(Generic[R]):
         self._policy = policy
         self._run_times = run_times or RunTimes()
         self._preferred = frozenset(policy.preferred_batch_rows)
-        self._waits = policy.max_delay_ns > 0
         self._batching = policy.batching
         self._max_bytes = policy.max_queue_bytes or sys.maxsize
         self._draining = False
@@ -237,14 +239,16 @@ class Queue(Generic[R]):
         group.rows += rows
         self._rows += rows
         self._size_bytes += request.size_bytes
-        if deadline_ns != NO_DEADLINE:
-            deadlines.add(self._deadlines, deadline_ns, order)
         if rank < self._last_rank:
             self._overtake(group, request)
-            return
-        self._last_rank = rank
-        if self._waits and (group.rows >= self._full_rows or group.rows in self._preferred):
-            self._ready.add(group)
+        else:
+            self._last_rank = rank
+            if self._waits and (group.rows >= self._full_rows or group.rows in self._preferred):
+                self._ready.add(group)
+        if deadline_ns != NO_DEADLINE:
+            deadlines.add(self._deadlines, deadline_ns, order)
+            if deadline_ns - now_ns <= self._hurry_ns:
+                self._ready.add(group)
 
     def try_offer_together(self, requests: Sequence[R], now_ns: int) -> BatchingError | None:
         """Let all of several requests wait, or none: None when accepted, else why not, as `try_offer`.
@@ -292,14 +296,22 @@ class Queue(Generic[R]):
         # What it is tuned to is no bound for a request alone.
         return QueueFull("rows", self._max_rows, self._rows, rows) if self._waiting else None
 
-    def tune(self, merge_rows: int, queue_rows: int) -> None:
+    def tune(self, merge_rows: int, queue_rows: int, wait: Wait = NO_WAIT) -> None:
         """Merge up to so many rows from now on, and let so many wait, within the policy's bounds (both at least 1).
 
-        What waits already stays. A request that finds the queue empty is let in whatever its rows.
+        What waits already stays. A request that finds the queue empty is let in whatever its rows. `wait` is how long a
+        batch of fewer rows than it says waits for others, where the policy has no delay of its own; one with a request
+        that has less than twice that time left does not wait.
         """
         policy = self._policy
+        if policy.max_delay_ns or not policy.batching:
+            wait = Wait(0, policy.max_delay_ns)
+        self._hurry_ns = 0 if policy.max_delay_ns else 2 * wait.delay_ns
+        self._max_delay_ns = wait.delay_ns
+        self._waits = wait.delay_ns > 0 and not self._draining
         self._merge_rows = min(merge_rows, policy.max_batch_rows)
-        self._full_rows = min(max(policy.preferred_batch_rows, default=policy.max_batch_rows), self._merge_rows)
+        full_rows = wait.rows or max(policy.preferred_batch_rows, default=policy.max_batch_rows)
+        self._full_rows = min(full_rows, self._merge_rows)
         self._max_rows = min(queue_rows, policy.max_queue_rows or sys.maxsize)
         for group in self._groups.values():
             self._sort_in(group)
@@ -331,14 +343,14 @@ class Queue(Generic[R]):
         if not self._waits or group in self._ready or self._is_overdue(group, now_ns):
             return group
         oldest = next(iter(self._waiting.values()))
-        if not self._ready and oldest.enqueued_ns + self._policy.max_delay_ns > now_ns:
+        if not self._ready and oldest.enqueued_ns + self._max_delay_ns > now_ns:
             return None
         due = [each for each in self._groups.values() if each in self._ready or self._is_overdue(each, now_ns)]
         return min(due, key=_place_of_first)
 
     def _is_overdue(self, group: Group[R], now_ns: int) -> bool:
         """Whether a group has waited for its delay."""
-        return group.oldest_ns + self._policy.max_delay_ns <= now_ns
+        return group.oldest_ns + self._max_delay_ns <= now_ns
 
     def _in_time(self, group: Group[R], length: int, now_ns: int) -> tuple[list[R], list[R]]:
         """Of the next `length` requests of a group those that end in time when they run now, and those that do not."""
@@ -379,7 +391,7 @@ class Queue(Generic[R]):
         oldest_ns = next(iter(self._waiting.values())).enqueued_ns
         if not self._waits or self._ready:
             return oldest_ns
-        due_ns = oldest_ns + self._policy.max_delay_ns
+        due_ns = oldest_ns + self._max_delay_ns
         deadline_ns = self.next_deadline_ns()
         return due_ns if deadline_ns is None else min(due_ns, deadline_ns)
 

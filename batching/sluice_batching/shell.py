@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Generic, Protocol
 
+from sluice_batching.delay_trials import NO_WAIT, Wait
 from sluice_batching.errors import BatchingError, TooLate
 from sluice_batching.policy import QueuePolicy
 from sluice_batching.priority_queue import PriorityQueue
@@ -321,11 +322,11 @@ class BatchQueue(Generic[R]):
                 self._watch()
         return expired
 
-    def tune(self, merge_rows: int, queue_rows: int) -> None:
+    def tune(self, merge_rows: int, queue_rows: int, wait: Wait = NO_WAIT) -> None:
         """As `Queue.tune`; sequences are not tuned."""
         with self._lock:
             assert isinstance(self._queue, Queue)
-            self._queue.tune(merge_rows, queue_rows)
+            self._queue.tune(merge_rows, queue_rows, wait)
             self._pass_the_watch_on()
 
     def watch_deadlines(self, on_earlier_deadline: Callable[[int], None] | None) -> None:

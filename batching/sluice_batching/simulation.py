@@ -86,7 +86,18 @@ class _Simulated(Request):
 class Simulation:
     """One queue with its instances; `run_ns(rows)` is how long a run takes. Runs once."""
 
-    __slots__ = ("_free", "_queue", "_run_ns", "_run_times", "_runs", "_strategy", "report")
+    __slots__ = (
+        "_again",
+        "_asked",
+        "_coming",
+        "_free",
+        "_queue",
+        "_run_ns",
+        "_run_times",
+        "_runs",
+        "_strategy",
+        "report",
+    )
 
     def __init__(self, strategy: Strategy, run_ns: Callable[[int], int], instances: int = 1) -> None:
         policy = strategy.policy
@@ -101,19 +112,29 @@ class Simulation:
         self._free = instances
         # (when it ends, when it began, its place among the runs, its batch) of what runs now.
         self._runs: list[tuple[int, int, int, list[_Simulated]]] = []
+        # (when, a number of its own, which arrival) of what has not come yet; and how clients go on.
+        self._coming: list[tuple[int, int, Arrival]] = []
+        self._again: Callable[[int], int | None] | None = None
+        self._asked = 0
         self.report = Report()
 
-    def run(self, arrivals: Sequence[Arrival]) -> Report:
-        """Let everything arrive, and run until nothing is left; the arrivals are in order of time."""
-        place = now_ns = 0
+    def run(self, arrivals: Sequence[Arrival], again: Callable[[int], int | None] | None = None) -> Report:
+        """Let everything arrive, and run until nothing is left; the arrivals are in order of time.
+
+        With `again` each is the first request of a client who waits for the answer, or the refusal, before it asks
+        again for as many rows: it gives when that is, after now; None for never.
+        """
+        self._again = again
+        self._asked = len(arrivals)
+        self._coming = [(arrival.arrival_ns, number, arrival) for number, arrival in enumerate(arrivals)]
+        coming, now_ns = self._coming, 0
         while True:
             next_ns = self._next_ns(now_ns)
-            if place < len(arrivals) and (next_ns is None or arrivals[place].arrival_ns <= next_ns):
-                now_ns = arrivals[place].arrival_ns
-                self._arrive(arrivals[place], now_ns)
-                place += 1
+            if coming and (next_ns is None or coming[0][0] <= next_ns):
+                now_ns, _, arrival = heapq.heappop(coming)
+                self._arrive(arrival, now_ns)
                 # What comes at the same instant comes in one list, before anybody takes.
-                if place < len(arrivals) and arrivals[place].arrival_ns == now_ns:
+                if coming and coming[0][0] == now_ns:
                     continue
             elif next_ns is None:
                 return self.report
@@ -135,7 +156,15 @@ class Simulation:
     def _arrive(self, arrival: Arrival, now_ns: int) -> None:
         request = _Simulated(arrival, sees_deadlines=self._strategy.sees_deadlines)
         error: BatchingError | None = self._queue.try_offer(request, now_ns)
-        self.report.refused += error is not None
+        if error is not None:
+            self.report.refused += 1
+            self._ask_again(arrival, now_ns)
+
+    def _ask_again(self, arrival: Arrival, now_ns: int) -> None:
+        """A client has its answer."""
+        if self._again is not None and (again_ns := self._again(now_ns)) is not None:
+            self._asked += 1
+            heapq.heappush(self._coming, (again_ns, self._asked, Arrival(again_ns, arrival.rows)))
 
     def _end_runs(self, now_ns: int) -> None:
         report = self.report
@@ -152,6 +181,7 @@ class Simulation:
                 report.started_late += began_ns >= arrival.deadline_ns
                 report.latencies_ns.append(now_ns - arrival.arrival_ns)
                 report.arrivals_ns.append(arrival.arrival_ns)
+                self._ask_again(arrival, now_ns)
 
     def _take(self, now_ns: int) -> None:
         while self._free:

@@ -14,9 +14,10 @@ its own. With `slow` the quantile for the batch size, `n` instances and `W` rows
   were let in, at any load.
 * Sizes that have not been seen are tried from below, at most twice as large as the largest that keeps the objective,
   and as long as the line through two known sizes, which tells fixed from per-row costs, keeps it too. With one size
-  known, the next one is a row larger. Before the first run nobody is refused.
-* There is no delay: while an instance runs, the next batch grows by itself, and on a server that is not busy a delay
-  costs latency and gains nothing that anybody waits for.
+  known, all of its time is taken for that of its rows. Before the first run nobody is refused.
+* A batch waits for others only where that was tried and brought more rows/s (`delay_trials.py`), until it has the rows
+  that were found to come, and no longer than keeps the objective: while an instance runs the next batch grows by
+  itself, and on a server that is not busy a delay costs latency and gains nothing.
 
 Where the objective is hardly longer than two of the shortest runs, the quantile and the headroom cost throughput: there
 the best fixed size that would just do it has no room for any disturbance.
@@ -25,9 +26,11 @@ A class that has not run for some time is forgotten, so that a slow spell does n
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Final
 
+from sluice_batching.delay_trials import DelayTrials, Wait
 from sluice_batching.run_times import RunTimes, smallest_of_class
 
 HEADROOM_NS: Final = 1_000_000
@@ -80,12 +83,23 @@ class _Window:
 
 
 class SloTuner(RunTimes):
-    """The run times of a model with an objective, and what follows from them for its queue.
+    """The run times of a model with an objective, and what follows from them for its queue; for any thread.
 
-    For any thread; two runs that end at the same time may both decide, on the same facts but for one run.
+    `_lock` is held while a run is recorded, and so while the queue is told: that one's lock is taken under it.
     """
 
-    __slots__ = ("_budget_ns", "_max_rows", "_on_change", "_runs", "_windows", "merge_rows", "queue_rows")
+    __slots__ = (
+        "_budget_ns",
+        "_delays",
+        "_lock",
+        "_max_rows",
+        "_on_change",
+        "_runs",
+        "_slow_ns",
+        "_windows",
+        "merge_rows",
+        "queue_rows",
+    )
 
     def __init__(self, slo_ns: int, max_rows: int, instances: int = 1) -> None:
         """`slo_ns` is the objective for all but the slowest requests, `max_rows` what a batch may have at most."""
@@ -96,24 +110,46 @@ class SloTuner(RunTimes):
         self._runs = 0
         self.merge_rows = 1
         """Up to how many rows requests are merged."""
+        # How slow runs of so many are.
+        self._slow_ns = 0
         self.queue_rows = sys.maxsize
         """How many rows may wait."""
-        self._on_change: Callable[[int, int], None] | None = None
+        self._delays = DelayTrials(instances)
+        self._lock = threading.Lock()
+        self._on_change: Callable[[int, int, Wait], None] | None = None
 
-    def steer(self, on_change: Callable[[int, int], None]) -> None:
-        """Have `merge_rows` and `queue_rows` followed: now, and after each decision that differs from the last."""
+    @property
+    def wait(self) -> Wait:
+        """What a batch waits for, and how long."""
+        return self._delays.wait
+
+    def steer(self, on_change: Callable[[int, int, Wait], None]) -> None:
+        """Have `merge_rows`, `queue_rows` and `wait` followed: now, and whenever one of them changes."""
         self._on_change = on_change
-        on_change(self.merge_rows, self.queue_rows)
+        on_change(self.merge_rows, self.queue_rows, self.wait)
 
     def record(self, rows: int, run_ns: int, now_ns: int) -> None:
         """As the base does; every few runs decide anew."""
-        super().record(rows, run_ns, now_ns)
+        with self._lock:
+            super().record(rows, run_ns, now_ns)
+            before = (self.merge_rows, self.queue_rows, self.wait)
+            self._learn(rows, run_ns, now_ns)
+            self._delays.record(rows, run_ns, now_ns, self.merge_rows, max(0, self._budget_ns - self._slow_ns))
+            after = (self.merge_rows, self.queue_rows, self.wait)
+            if self._on_change is not None and before != after:
+                self._on_change(*after)
+
+    def learn(self, rows: int, run_ns: int, now_ns: int) -> None:
+        """Take a run into account that is none of the queue's: one that was measured before there were requests."""
+        with self._lock:
+            super().record(rows, run_ns, now_ns)
+            self._learn(rows, run_ns, now_ns)
+
+    def _learn(self, rows: int, run_ns: int, now_ns: int) -> None:
         smallest = smallest_of_class(rows)
         window = self._windows.get(smallest)
         if window is None:
-            # A new table, so that who reads the old one meets no gap.
-            window = _Window(rows)
-            self._windows = {**self._windows, smallest: window}
+            window = self._windows[smallest] = _Window(rows)
         window.record(rows, run_ns, now_ns)
         self._runs += 1
         if self._runs <= RUNS_KEPT or self._runs % DECIDE_AFTER_RUNS == 0:
@@ -126,11 +162,8 @@ class SloTuner(RunTimes):
             if now_ns - window.ended_ns <= KNOWN_FOR_NS
         )
         merge_rows, slow_ns = self._best(known)
-        queue_rows = merge_rows * self._instances * max(1, self._budget_ns // slow_ns - 1)
-        if (merge_rows, queue_rows) != (self.merge_rows, self.queue_rows):
-            self.merge_rows, self.queue_rows = merge_rows, queue_rows
-            if self._on_change is not None:
-                self._on_change(merge_rows, queue_rows)
+        self.merge_rows, self._slow_ns = merge_rows, slow_ns
+        self.queue_rows = merge_rows * self._instances * max(1, self._budget_ns // slow_ns - 1)
 
     def _best(self, known: list[tuple[int, int, int]]) -> tuple[int, int]:
         """The size with the most rows/s that keeps the objective, or may, and how slow its runs are.
@@ -148,13 +181,13 @@ class SloTuner(RunTimes):
             return rows, slow_ns  # larger ones keep it too, and gain nothing
         above = next((each for each in known if each[0] > rows), None)
         row_ns = self._row_ns(best, above or (known[-2] if len(known) > 1 else None))
-        size = rows + 1 if row_ns is None else rows + int((self._budget_ns / 2 - slow_ns) / row_ns)
+        size = rows + int((self._budget_ns / 2 - slow_ns) / row_ns)
         size = min(size, 2 * rows, self._max_rows, above[0] - 1 if above else self._max_rows)
-        return size, slow_ns + int((size - rows) * (row_ns or 0))
+        return size, slow_ns + int((size - rows) * row_ns)
 
     @staticmethod
-    def _row_ns(one: tuple[int, int, int], other: tuple[int, int, int] | None) -> float | None:
-        """What a row more costs by two sizes, at least a thousandth of a run; None without the other."""
+    def _row_ns(one: tuple[int, int, int], other: tuple[int, int, int] | None) -> float:
+        """What a row more costs by two sizes, at least a thousandth of a run; at most its share of one size alone."""
         if other is None:
-            return None
+            return one[2] / one[0]
         return max((other[2] - one[2]) / (other[0] - one[0]), one[2] / 1000)

@@ -15,6 +15,7 @@ from sluice_batching import (
     Request,
     RequestTooLarge,
 )
+from sluice_batching.delay_trials import Wait
 
 MS = 1_000_000
 
@@ -437,3 +438,52 @@ def test_what_is_merged_is_full_at_merge_rows_and_waits_no_longer() -> None:
     assert taken(queue) == ["a0", "a1"]
     offered(queue, Named("a2", rows=5))
     assert taken(queue) == ["a2"]
+
+
+def test_a_queue_is_told_to_wait_for_some_rows_and_not_to_while_it_holds_requests() -> None:
+    queue = batching(8)
+    queue.tune(8, 99, Wait(3, 5 * MS))
+    offered(queue, Named("a0"), Named("a1"))
+    assert taken(queue) == []
+    assert queue.next_wakeup_ns() == 5 * MS
+    offered(queue, Named("a2"))
+    assert taken(queue) == ["a0", "a1", "a2"]
+    offered(queue, Named("a3"), now_ns=MS)
+    assert taken(queue, 2 * MS) == []
+    assert taken(queue, 6 * MS) == ["a3"]
+    offered(queue, Named("a4"), now_ns=7 * MS)
+    queue.tune(8, 99)
+    assert taken(queue, 7 * MS) == ["a4"]
+    # What came at once is still merged: so many rows are enough, and not the most.
+    queue.tune(8, 99, Wait(3, 5 * MS))
+    offered(queue, *(Named(f"b{number}") for number in range(5)), now_ns=8 * MS)
+    assert len(taken(queue, 8 * MS)) == 5
+
+
+def test_a_tuned_wait_is_none_for_a_policy_with_a_delay_of_its_own_or_without_batches() -> None:
+    queue = batching(8, delay_ms=1)
+    queue.tune(8, 99, Wait(1, 50 * MS))
+    offered(queue, Named("a0"))
+    assert taken(queue) == []
+    assert taken(queue, MS) == ["a0"]
+    alone: Queue[Named] = Queue(QueuePolicy(max_batch_rows=8))
+    alone.tune(8, 99, Wait(3, 5 * MS))
+    offered(alone, Named("a0"))
+    assert taken(alone) == ["a0"]
+
+
+def test_a_request_with_little_time_left_does_not_wait_for_a_tuned_delay() -> None:
+    queue = batching(8)
+    queue.tune(8, 99, Wait(4, 5 * MS))
+    offered(queue, Named("a0"), Named("a1", deadline_ns=11 * MS))
+    assert taken(queue) == []
+    offered(queue, Named("a2", deadline_ns=10 * MS))
+    assert taken(queue) == ["a2", "a1", "a0"]
+
+
+def test_a_draining_queue_is_not_told_to_wait() -> None:
+    queue = batching(8)
+    offered(queue, Named("a0"))
+    queue.drain()
+    queue.tune(8, 99, Wait(4, 5 * MS))
+    assert taken(queue) == ["a0"]

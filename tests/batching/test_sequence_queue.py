@@ -122,3 +122,15 @@ def test_whoever_frees_a_slot_wakes_a_taker() -> None:
     taken = queue.take()
     assert taken is not None
     assert taken.batch == [second]
+
+
+def test_who_wants_to_know_is_told_of_each_batch_in_the_order_in_which_they_are_taken() -> None:
+    told: list[list[Request]] = []
+    policy = SequencePolicy(queue=QueuePolicy(max_batch_rows=1, batching=True), max_idle_ns=MS, max_candidates=4)
+    queue: SequenceQueue[Request] = SequenceQueue(policy, lambda: 0, on_taken=told.append)
+    first, second = request(1), request(2)
+    queue.offer_many([first, second])
+    assert queue.take() is not None
+    assert queue.take() is not None
+    assert queue.take(timeout_ns=0) is not None, "nothing is left"
+    assert told == [[first], [second]]

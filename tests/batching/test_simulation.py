@@ -211,3 +211,17 @@ def test_it_runs_as_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         runpy.run_path(command.__file__, run_name="__main__")
     assert caught.value.code == 0
     assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_clients_ask_again_when_they_are_answered_or_refused() -> None:
+    policy = QueuePolicy(max_batch_rows=1, max_queue_rows=1)
+    asked: list[int] = []
+
+    def again(now_ns: int) -> int | None:
+        asked.append(now_ns)
+        return now_ns + 5 * MS if len(asked) < 4 else None
+
+    report = Simulation(Strategy(policy=policy), linear(10, 0)).run([Arrival(0), Arrival(1), Arrival(2)], again)
+    # The third is refused at once and after 5 ms, and served then; the first is refused when it comes again.
+    assert asked == [2, 5 * MS + 2, 10 * MS, 15 * MS, 20 * MS, 30 * MS]
+    assert (report.refused, report.arrivals_ns) == (3, [0, 1, 10 * MS + 2])

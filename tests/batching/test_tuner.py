@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from sluice_batching import Arrival, QueuePolicy, Report, Simulation, SloTuner, Strategy
+from sluice_batching.delay_trials import NO_WAIT
 from sluice_batching.simulate import arrive, linear
 
 MS = 1_000_000
@@ -85,13 +86,21 @@ def test_a_slow_spell_is_forgotten_after_ten_seconds() -> None:
     assert tuner.merge_rows == 2
 
 
+def test_what_was_measured_before_is_known_and_starts_no_trial_of_a_delay() -> None:
+    tuner = SloTuner(100 * MS, MAX_ROWS)
+    for rows in (1, 2, 4, 8, 16) * 20:
+        tuner.learn(rows, (8 + rows) * MS, MS)
+    assert (tuner.merge_rows, tuner.wait) == (32, NO_WAIT)
+    assert tuner.predict_ns(8, MS) == 16 * MS
+
+
 def test_who_follows_is_told_at_once_and_of_each_change() -> None:
     told = []
     tuner = SloTuner(100 * MS, MAX_ROWS)
     tuner.steer(lambda *limits: told.append(limits))
     for _ in range(3):
         tuner.record(1, 10 * MS, 0)
-    assert told == [(1, sys.maxsize), (2, 16)]
+    assert told == [(1, sys.maxsize, NO_WAIT), (2, 6, NO_WAIT)]
 
 
 # --- Promises, simulated with the real queue
@@ -135,6 +144,73 @@ def test_the_objective_is_kept_in_each_window_of_changing_loads_with_nine_tenths
         latencies_ns = sorted(latency for at_ns, latency in answered if begin_ns <= at_ns < end_ns)
         assert latencies_ns[int(len(latencies_ns) * 0.99)] <= slo_ms * MS
         assert len(latencies_ns) / (window_s - 1) >= 0.9 * min(load, 1) * capacity * 0.99
+
+
+def quantile_and_rate(report: Report, begin_s: float, end_s: float) -> tuple[int, float]:
+    """The 99th percentile of the latencies of those that came in this time, and how many they were a second."""
+    answered = zip(report.arrivals_ns, report.latencies_ns, strict=True)
+    latencies_ns = sorted(latency for at_ns, latency in answered if begin_s * S <= at_ns < end_s * S)
+    return latencies_ns[int(len(latencies_ns) * 0.99)], len(latencies_ns) / (end_s - begin_s)
+
+
+def ask_by_turns(strategy: Strategy, run_ns: Callable[[int], int], clients: int, length_s: int) -> Report:
+    """Clients who wait for an answer before they ask again, after up to a millisecond."""
+    chance = random.Random(1)
+
+    def again(now_ns: int) -> int | None:
+        return now_ns + chance.randint(MS // 10, MS) if now_ns < length_s * S else None
+
+    return Simulation(strategy, run_ns).run([Arrival(number * MS // 20) for number in range(clients)], again)
+
+
+def batching(**policy: int) -> QueuePolicy:
+    return QueuePolicy(max_batch_rows=MAX_ROWS, batching=True, **policy)
+
+
+@pytest.mark.parametrize(
+    ("slo_ms", "fixed_ms", "row_ms", "clients", "gain"),
+    [(50, 8, 0.1, 16, 1.5), (50, 4, 0.25, 16, 1.25), (100, 8, 0.1, 32, 1.3), (50, 1, 1, 8, 1.0)],
+)
+def test_clients_who_wait_for_answers_get_the_delay_of_the_best_static_setting(
+    slo_ms: int, fixed_ms: float, row_ms: float, clients: int, gain: float
+) -> None:
+    length_s, steady_s = 8, 4
+
+    def rate(strategy: Strategy, length_s: int = 2, steady_s: int = 1) -> float:
+        """In the steady time; 0 where the objective is not kept."""
+        report = ask_by_turns(strategy, noisy(fixed_ms, row_ms), clients, length_s)
+        slow_ns, found = quantile_and_rate(report, steady_s, length_s)
+        return found if slow_ns <= slo_ms * MS else 0.0
+
+    sizes, delays_ns = (clients // 2, clients, MAX_ROWS), (0, MS // 2, MS, 2 * MS, 4 * MS, 16 * MS)
+    static = {
+        (rows, delay_ns): rate(Strategy(policy=batching(merge_rows=rows, max_delay_ns=delay_ns)))
+        for rows, delay_ns in itertools.product(sizes, delays_ns)
+    }
+    tuned = rate(Strategy(policy=batching(), slo_ns=slo_ms * MS), length_s, steady_s)
+    assert tuned >= 0.9 * max(static.values())
+    assert tuned >= gain * static[MAX_ROWS, 0] * 0.99
+
+
+@pytest.mark.parametrize(("slo_ms", "fixed_ms", "row_ms"), [(50, 8, 0.1), (50, 1, 1)])
+def test_no_static_size_and_delay_keeps_the_objective_at_a_higher_load(
+    slo_ms: int, fixed_ms: float, row_ms: float
+) -> None:
+    capacity, window_s = best_static(slo_ms, fixed_ms, row_ms), 2
+    loads = [0.1, 1.0, 0.3]
+
+    def rates(strategy: Strategy) -> list[float]:
+        """In each window, 0 where the objective is not kept."""
+        report = run_at_loads(strategy, noisy(fixed_ms, row_ms), [load * capacity for load in loads], window_s)
+        found = [quantile_and_rate(report, at * window_s + 1, (at + 1) * window_s) for at in range(len(loads))]
+        return [rate if slow_ns <= slo_ms * MS else 0.0 for slow_ns, rate in found]
+
+    grid = itertools.product((8, 24, MAX_ROWS), (0, 4 * MS))
+    static = [rates(Strategy(policy=batching(merge_rows=rows, max_delay_ns=delay_ns))) for rows, delay_ns in grid]
+    tuned = rates(Strategy(policy=batching(), slo_ns=slo_ms * MS))
+    for place, rate in enumerate(tuned):
+        assert rate >= 0.9 * max(each[place] for each in static)
+        assert rate > 0
 
 
 def test_without_an_objective_everything_that_waits_is_merged() -> None:

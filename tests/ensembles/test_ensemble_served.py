@@ -255,7 +255,7 @@ def test_those_who_wait_for_a_place_are_bounded_too(start_server, repository):
             eventually(lambda waiting=waiting: ensemble.waiting().requests == waiting, "it waits for the place")
         code, text = server.refusal("ModelInfer", lookup(3))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "in ensemble 'lookup', Exceeds maximum queue size before the step of model 'last'" in text
+        assert "in ensemble 'lookup', Exceeds maximum queue size of the step of model 'last'" in text
         session.release()
         assert [value_of(call.result()) for call in calls] == [20, 40, 40]
 

@@ -377,7 +377,7 @@ class ModelLoader:
         cache: ResponseCache | None,
     ) -> tuple[Callable[..., ServedModel], BatchQueue[InferRequest], BatchRunner]:
         """What a version is made as, its queue, and what runs its batches."""
-        policy = self._queue_policy(prepared)
+        policy = self._queue_policy(prepared, interface)
         if not preserves_ordering(prepared.config):
             return self._queue_and_runner(prepared, policy, interface, statistics, run_times, cache)
         # Answers leave in the order of arrival, so that to overtake in the queue gains nothing.
@@ -412,7 +412,8 @@ class ModelLoader:
             return SequenceModel, sequences, runner
         queue: BatchQueue[InferRequest] = BatchQueue(policy, run_times=run_times)
         if cache is not None:
-            model_cache = ModelCache(cache, interface, queue, _queue_of_followers(policy), statistics)
+            following: BatchQueue[InferRequest] = BatchQueue(self._bounds(interface))
+            model_cache = ModelCache(cache, interface, queue, following, statistics)
             return CachedModel, queue, CachingRunner(encoder, statistics, self._to_status, model_cache, **seams)
         if prepared.splits:
             return SplittingModel, queue, SplittingRunner(encoder, statistics, self._to_status, **seams)
@@ -454,16 +455,17 @@ class ModelLoader:
                 tuple(Inlet(model.interface, name, tensor) for name, tensor in step.takes.items()),
                 dict(step.makes),
                 ArraysCall if model.answers_in_arrays() else BytesCall,
-                Gate(places, self._gate_policy(model)) if places else None,
+                Gate(places, self._bounds(model.interface)) if places else None,
             )
             for step, model in zip(graph.steps, parts, strict=True)
         ]
         encoder = Encoder(interface)
         return EnsembleModel(config, interface, graph, bound, encoder, statistics, self._to_status, self._timer)
 
-    def _gate_policy(self, part: Served) -> QueuePolicy:
+    def _bounds(self, interface: ModelInterface) -> QueuePolicy:
+        """How many may wait: in a queue of a model, and for something else than a run, where it merges nothing."""
         return QueuePolicy(
-            max_batch_rows=max(1, part.interface.max_batch_rows),
+            max_batch_rows=max(1, interface.max_batch_rows),
             max_queue_rows=self._settings.queue_rows,
             max_queue_bytes=self._settings.queue_bytes,
         )
@@ -473,21 +475,19 @@ class ModelLoader:
             logger.warning(NO_CACHE, extra={"model": config.name, "version": version})
         return self._cache if config.response_cache.enable else None
 
-    def _queue_policy(self, prepared: PreparedModel) -> QueuePolicy:
+    def _queue_policy(self, prepared: PreparedModel, interface: ModelInterface) -> QueuePolicy:
         config, batching = prepared.config, prepared.merges
         scheduler = config.dynamic_batching
         # The largest size alone is where a batch is cut anyway, so that preferring it says nothing.
         preferred = set(scheduler.preferred_batch_size) - {0}
         if preferred == {config.max_batch_size}:
             preferred = set()
-        return QueuePolicy(
-            max_batch_rows=max(1, config.max_batch_size),
+        return replace(
+            self._bounds(interface),
             merge_rows=prepared.curve.cap if prepared.curve is not None else 0,
             batching=batching,
             max_delay_ns=scheduler.max_queue_delay_microseconds * NS_PER_US if batching else 0,
             preferred_batch_rows=tuple(sorted(preferred)) if batching else (),
-            max_queue_rows=self._settings.queue_rows,
-            max_queue_bytes=self._settings.queue_bytes,
             priorities=priorities_of(config),
         )
 
@@ -500,7 +500,7 @@ def _run_times(prepared: PreparedModel) -> RunTimes:
     curve, limit = prepared.curve, max(1, prepared.config.max_batch_size)
     tuner = SloTuner(prepared.slo_ns, curve.cap or limit if curve is not None else limit, instances)
     for at in curve.points if curve is not None else ():
-        tuner.record(at.rows, round(at.rows / at.rows_per_s * NS_PER_S), time.monotonic_ns())
+        tuner.learn(at.rows, round(at.rows / at.rows_per_s * NS_PER_S), time.monotonic_ns())
     return tuner
 
 
@@ -539,17 +539,6 @@ def _sequence_policy(config: ModelConfig, policy: QueuePolicy) -> SequencePolicy
         max_idle_ns=max_idle_ns,
         groups=sum(group.count for members in _placements(config).values() for group in members),
         min_utilization=batching.direct.minimum_slot_utilization,
-    )
-
-
-def _queue_of_followers(policy: QueuePolicy) -> BatchQueue[InferRequest]:
-    """A queue that bounds those who wait for the run of another as the model's own bounds those who wait to run."""
-    return BatchQueue(
-        QueuePolicy(
-            max_batch_rows=policy.max_batch_rows,
-            max_queue_rows=policy.max_queue_rows,
-            max_queue_bytes=policy.max_queue_bytes,
-        )
     )
 
 

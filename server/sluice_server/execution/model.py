@@ -6,17 +6,18 @@ import functools
 import time
 from typing import TYPE_CHECKING
 
-from sluice_batching import Draining, QueueFull, RequestTooLarge, TooLate
-from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SluiceError
+from sluice_batching import Draining
+from sluice_server.execution.refusals import refusal_of
 from sluice_server.execution.run_watch import RunWatch
 from sluice_server.execution.served import Served, Waiting
-from sluice_server.observability.statistics import FailureReason, Outcome
+from sluice_server.observability.statistics import FailureReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sluice_batching import BatchingError, BatchQueue, ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig
+    from sluice_server.errors import SluiceError
     from sluice_server.execution.batch_curve import BatchCurve
     from sluice_server.execution.instance import BatchRunner, Instance, Runnable
     from sluice_server.execution.request import InferRequest
@@ -175,20 +176,9 @@ class ServedModel(Served):
         return True
 
     def _refuse(self, request: InferRequest, error: BatchingError) -> None:
-        name = self.interface.name
-        if isinstance(error, RequestTooLarge):
-            self.statistics.record_refused(Outcome.INVALID)
-            refusal: SluiceError = InvalidArgument(f"model '{name}' never takes this: {error}")
-        elif isinstance(error, QueueFull):
-            self.statistics.record_refused(Outcome.QUEUE_FULL)
-            text = f"Exceeds maximum queue size of model '{name}': {error}"
-            refusal = ResourceExhausted(text, retry_after_ns=self.queue.predicted_wait_ns)
-        elif isinstance(error, TooLate):
-            self.statistics.record_refused(Outcome.QUEUE_TIMEOUT)
-            refusal = DeadlineExceeded(f"Request timeout expired: it was not run, as {error}")
-        else:
-            self.statistics.record_refused(Outcome.QUEUE_TIMEOUT)
-            refusal = DeadlineExceeded("Request timeout expired before it was queued")
+        what = f"model '{self.interface.name}'"
+        outcome, refusal = refusal_of(error, what, self.queue.predicted_wait_ns)
+        self.statistics.record_refused(outcome)
         self._turn_away(request, refusal)
 
     def _turn_away(self, request: InferRequest, error: SluiceError) -> None:

@@ -11,13 +11,12 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from sluice_batching import DeadlineExpired, QueueFull
-from sluice_server.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SluiceError, Unavailable
+from sluice_server.errors import DeadlineExceeded, Unavailable
+from sluice_server.execution.refusals import refusal_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from sluice_batching import BatchingError
     from sluice_server.execution.request import InferRequest
     from sluice_server.execution.served import Served
     from sluice_server.execution.step import StepCall
@@ -136,7 +135,8 @@ def _enter(call: StepCall) -> bool:
         return True
     call.has_place, error = gate.enter(call.request)
     if error is not None:
-        call.refuse(_refusal(error, call.request.model.interface.name))
+        _, refusal = refusal_of(error, f"the step of model '{call.request.model.interface.name}'")
+        call.refuse(refusal)
     return call.has_place
 
 
@@ -156,14 +156,6 @@ def _refuse_late(late: Iterable[InferRequest]) -> None:
     for request in late:
         name = request.model.interface.name
         _call_of(request).refuse(Unavailable(f"model '{name}' is not ready: it is being unloaded"))
-
-
-def _refusal(error: BatchingError, model: str) -> SluiceError:
-    if isinstance(error, QueueFull):
-        return ResourceExhausted(f"Exceeds maximum queue size before the step of model '{model}': {error}")
-    if isinstance(error, DeadlineExpired):
-        return DeadlineExceeded("Request timeout expired before it was queued")
-    return InvalidArgument(f"the step of model '{model}' never takes this: {error}")
 
 
 def _call_of(request: InferRequest) -> StepCall:
