@@ -16,6 +16,8 @@ from loadtests.slo import BY_KEY, KINDS, Objective
 from loadtests.toml_table import Table, read_toml
 from sluice_batching.arrivals import Constant, Diurnal, Ramp, Rate, arrivals, even, exponential, grouped
 from sluice_client.load.latencies import CPU_LIMIT, LAG_P99_LIMIT_S
+from sluice_proto.capture import MAGIC, read_capture
+from sluice_proto.errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -239,14 +241,21 @@ def _diurnal(table: Table, _: Path) -> Iterator[float]:
 
 
 def _replay(table: Table, folder: Path) -> Iterator[float]:
-    """Recorded times, one number of seconds a line, counted from the first; twice as fast with speed = 2."""
+    """Recorded times: a capture, or one number of seconds a line; from the first on, twice as fast with speed = 2."""
     path = _path(table, "times", folder)
     speed = table.number("speed", 1.0)
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            is_capture = file.read(len(MAGIC)) == MAGIC
+        times = read_capture(path).offsets_s() if is_capture else _lines_of_seconds(table, path)
+    except (OSError, UnicodeDecodeError, CaptureError) as error:
         raise table.error("times", f"{path} cannot be read: {error}") from None
+    return iter([(time_s - times[0]) / speed for time_s in times])
+
+
+def _lines_of_seconds(table: Table, path: Path) -> list[float]:
     times: list[float] = []
+    lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             times.append(float(line))
@@ -254,7 +263,7 @@ def _replay(table: Table, folder: Path) -> Iterator[float]:
             raise table.error("times", f"{path}:{number}: expected a number of seconds, got {line!r}") from None
         if not abs(times[-1]) < float("inf") or times[-1] < times[max(number - 2, 0)]:
             raise table.error("times", f"{path}:{number}: {line} is not finite, or earlier than the line before")
-    return iter([(time_s - times[0]) / speed for time_s in times])
+    return times
 
 
 def _spacing(table: Table) -> Iterator[float]:

@@ -12,6 +12,7 @@ from made_up import ARRIVALS, REQUEST, SERVER, SLO, TOP, write_repository, write
 
 from loadtests.scenario import Scenario, read_scenario
 from loadtests.toml_table import ScenarioError
+from sluice_proto.capture import CapturedRequest, CaptureHead, CaptureWriter
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "loadtests" / "scenarios").glob("*.toml"))
 
@@ -76,6 +77,18 @@ def test_arrival_processes(tmp_path, arrivals, expected):
     (tmp_path / "times.txt").write_text("10\n10.5\n10.5\n11.5\n13\n")
     scenario = read(tmp_path, f"[arrivals]\n{arrivals}")
     assert scenario.times_s == tuple(pytest.approx(time, abs=1e-3) for time in expected)
+
+
+def test_requests_come_when_those_of_a_capture_did(tmp_path):
+    path = tmp_path / "monday.capture"
+    writer = CaptureWriter(path, CaptureHead(0, 1.0), 1 << 20)
+    writer.append([CapturedRequest(s * 1_000_000_000, 0, 5, 0, "m", b"", b"") for s in (70, 71, 71, 99)])
+    writer.close()
+    text = f'[arrivals]\nprocess = "replay"\ntimes = "{path.name}"\nspeed = 2'
+    assert read(tmp_path, text).times_s == (0.0, 0.5, 0.5)
+    path.write_bytes(path.read_bytes().replace(b"\0\0\0\0m", b"\0\0\0\1m"))
+    with pytest.raises(ScenarioError, match=r"times: .*monday.capture cannot be read: .*at byte \d+: "):
+        read(tmp_path, text)
 
 
 @pytest.mark.parametrize(
