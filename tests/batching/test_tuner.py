@@ -64,6 +64,15 @@ def test_where_nothing_keeps_the_objective_rows_run_alone() -> None:
     assert (tuner.merge_rows, tuner.queue_rows) == (1, 1)
 
 
+def test_where_only_most_runs_keep_the_objective_the_size_counts_at_which_they_do() -> None:
+    # One run in five is slow, whatever its size.
+    runs = [(rows, 60 if number == 4 else usual) for rows, usual in ((1, 10), (8, 20), (32, 45)) for number in range(5)]
+    tuner = tuned(100 * MS, runs)
+    assert tuner.merge_rows == 32
+    # Two of 45 ms keep it, so 32 rows wait.
+    assert tuner.queue_rows == 32
+
+
 def test_so_many_rows_wait_as_end_in_time_on_all_instances() -> None:
     # Of 99 ms a run of 10 leaves room for 8 more.
     tuner = tuned(100 * MS, [(8, 10)] * 3, instances=2, max_rows=8)
