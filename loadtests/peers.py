@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ UNIQUE = "native, unique inputs"
 STREAM = "native, streams"
 CACHED_UNIQUE = "native, cache, unique inputs"
 CACHED = "native, cache"
+FEATURES = "native, features on for others"
 ECHO = "bare grpcio echo"
 LOOP = "bare ONNX Runtime loop"
 
@@ -38,6 +40,9 @@ METHOD = f"{SERVICE}/ModelInfer"
 
 RATE_TRIALS = 3
 """Each finds the rate better than the one before, and together they warm the server up."""
+
+PROBES = 2
+"""Requests around each load whose answers are looked at."""
 
 LOOP_TIMEOUT_S = 300.0
 
@@ -52,6 +57,10 @@ class Sample:
     p99_ms: float
     mean_batch_rows: float = math.nan
     generator_cpu_us_per_request: float = math.nan
+    generator_busy: float = math.nan
+    """The share of its time in which the load generator ran, and"""
+    generator_waiting: float = math.nan
+    """in which it could have run, and others had the CPU (`loadtests.effort`)."""
 
 
 class Measurement(ABC):
@@ -63,6 +72,8 @@ class Measurement(ABC):
     """Requests in flight; for the loop, the rows of a batch."""
     load: str
     """The same in words."""
+    generator: str = ""
+    """What makes the load; nothing else does for the loop."""
 
     @abstractmethod
     def prepare(self, trial_s: float) -> None:
@@ -74,12 +85,24 @@ class Measurement(ABC):
 
 
 class ServerMeasurement(Measurement):
-    """A server under the load of h2load; what a subclass adds is what it knows of the answers."""
+    """A server under the load of h2load, or another generator; what a subclass adds is what it knows of the answers."""
 
-    def __init__(self, model: BenchModel, server: ServerProcess, load: Load, scratch: Path) -> None:
+    generator = "h2load"
+
+    def __init__(
+        self,
+        model: BenchModel,
+        server: ServerProcess,
+        load: Load,
+        scratch: Path,
+        generator: "Generator | None" = None,
+    ) -> None:
         self.model = model
         self.in_flight = load.in_flight
         self.load = str(load)
+        self._generator = generator
+        if generator is not None:
+            self.generator = generator.name
         self._server = server
         self._load = load
         self._scratch = scratch
@@ -100,19 +123,25 @@ class ServerMeasurement(Measurement):
         count = math.ceil(requests / self._load.in_flight) * self._load.in_flight
         before = self.counters()
         reply = self._probe()
-        cpu_started_s = read_cpu_s(self._server.pid)
+        cpu_started_s = self._cpu_s()
         done = self.load_with(reply, count)
-        cpu_s = read_cpu_s(self._server.pid) - cpu_started_s
+        cpu_s = self._cpu_s() - cpu_started_s
         self._probe()
-        mean_batch_rows = mean_batch(before, self.counters(), requests=count + 2)  # the probes are requests too
+        after = self.counters()
+        sent = done.requests or counted(before, after) - PROBES
         return Sample(
             requests_per_s=done.requests_per_s,
-            cpu_us_per_request=cpu_s / count * 1e6,
+            cpu_us_per_request=cpu_s / sent * 1e6,
             p50_ms=done.p50_ms,
             p99_ms=done.p99_ms,
-            mean_batch_rows=mean_batch_rows,
-            generator_cpu_us_per_request=done.generator_cpu_s / count * 1e6,
+            mean_batch_rows=mean_batch(before, after, requests=sent + PROBES),
+            generator_cpu_us_per_request=done.effort.cpu_s / sent * 1e6,
+            generator_busy=done.effort.busy,
+            generator_waiting=done.effort.waiting,
         )
+
+    def _cpu_s(self) -> float:
+        return math.nan if self._server.pid is None else read_cpu_s(self._server.pid)
 
     def _probe(self) -> bytes:
         reply = self.ask()
@@ -121,12 +150,14 @@ class ServerMeasurement(Measurement):
 
     def ask(self) -> bytes:
         """The answer to one request."""
-        return probe(self._server.port, self.model)
+        return probe(self._server.address, self.model.request)
 
     def load_with(self, reply: bytes, requests: int) -> h2load.Measured:
-        """Send so many requests with h2load, all of which are to be answered as this one was."""
+        """Send so many requests, all of which are to be answered as this one was."""
+        if self._generator is not None:
+            return self._generator.run(self._server.address, self.model, self._load, requests / self._rate)
         request = h2load.grpc_request(METHOD, self.model.request, len(reply))
-        return h2load.run(self._server.port, request, self._load, requests, self._scratch)
+        return h2load.run(self._server.address, request, self._load, requests, self._scratch)
 
     @abstractmethod
     def check_reply(self, reply: bytes) -> None:
@@ -147,7 +178,20 @@ class Counters:
     executions: int
 
 
-def mean_batch(before: Counters | None, after: Counters | None, requests: int) -> float:
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """What makes the load of unary calls in the place of h2load: HOST:PORT, model, load, for about how many seconds."""
+
+    name: str
+    run: Callable[[str, BenchModel, Load, float], h2load.Measured]
+
+
+def counted(before: Counters | None, after: Counters | None) -> float:
+    """How many requests the server says were answered in between, NaN where it does not count."""
+    return math.nan if before is None or after is None else after.succeeded - before.succeeded
+
+
+def mean_batch(before: Counters | None, after: Counters | None, requests: float) -> float:
     """Rows per execution in between, NaN without counters or executions; LoadError unless all requests succeeded."""
     if before is None or after is None:
         return math.nan
@@ -158,18 +202,26 @@ def mean_batch(before: Counters | None, after: Counters | None, requests: int) -
     return (after.rows - before.rows) / executions if executions else math.nan
 
 
-def probe(port: int, model: BenchModel, request: bytes | None = None) -> bytes:
-    """The answer to the very bytes that will be sent, from grpcio as the client; to the model's request by default."""
-    with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.max_receive_message_length", -1)]) as channel:
-        reply: bytes = channel.unary_unary(f"/{METHOD}")(request or model.request, timeout=30)
+def probe(address: str, request: bytes) -> bytes:
+    """The answer to the very bytes that will be sent, from grpcio as the client."""
+    with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
+        reply: bytes = channel.unary_unary(f"/{METHOD}")(request, timeout=30)
         return reply
 
 
 class SluiceMeasurement(ServerMeasurement):
     """Our server, on one of its transports."""
 
-    def __init__(self, who: str, model: BenchModel, server: ServerProcess, load: Load, scratch: Path) -> None:
-        super().__init__(model, server, load, scratch)
+    def __init__(
+        self,
+        who: str,
+        model: BenchModel,
+        server: ServerProcess,
+        load: Load,
+        scratch: Path,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__(model, server, load, scratch, generator)
         self.who = who
 
     def check_reply(self, reply: bytes) -> None:
@@ -179,7 +231,7 @@ class SluiceMeasurement(ServerMeasurement):
 
     def counters(self) -> Counters:
         """From ModelStatistics."""
-        with Client(f"127.0.0.1:{self._server.port}") as client:
+        with Client(self._server.address) as client:
             (model,) = client.statistics(self.model.name)
         return Counters(model.success.count, model.fail.count, model.inference_count, model.execution_count)
 

@@ -18,13 +18,15 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loadtests import processes
+from loadtests import effort, processes
+from loadtests.effort import Effort, is_limit
+from loadtests.markdown import markdown
 from loadtests.models import generate
 from loadtests.processes import ServerFailed
-from loadtests.table import markdown
+from loadtests.table import LIMITED, LIMITED_NOTE
 from sluice_server.transport.choice import TransportChoice
 
 TOOLS = Path(__file__).resolve().parents[1] / ".tools"
@@ -58,7 +60,8 @@ STEADY = ("--stability-percentage", "1000", "--max-trials", "10")
 """The first three windows that had requests are taken, however much they differ: the spread of a busy machine is no
 error."""
 
-FEW_THREADS = ("--async", "--max-threads", "2")
+THREADS = 2
+FEW_THREADS = ("--async", "--max-threads", str(THREADS))
 """A thread for each request in flight would cost more than the server."""
 
 RUN_TIMEOUT_S = 300.0
@@ -66,7 +69,7 @@ RUN_TIMEOUT_S = 300.0
 
 _THREAD_ERROR = re.compile(r"^Thread \[\d+\] had error: (.+)$", re.MULTILINE)
 
-HEAD = ("way in", "in flight", "inferences/s", "p50 ms", "p99 ms", "errors")
+HEAD = ("way in", "in flight", "inferences/s", "p50 ms", "p99 ms", "perf_analyzer busy", "errors")
 
 
 class SweepFailed(Exception):
@@ -94,6 +97,13 @@ class Run:
     p50_ms: float = 0.0
     p99_ms: float = 0.0
     errors: tuple[str, ...] = ()
+    effort: Effort | None = None
+    """Of perf_analyzer; None when it did not end."""
+
+    @property
+    def generator_was_limit(self) -> bool:
+        """Whether perf_analyzer itself was what limited the run."""
+        return self.effort is not None and is_limit(self.effort.busy, self.effort.waiting)
 
     def __str__(self) -> str:
         found = f"{len(self.errors)} errors" if self.errors else f"{self.inferences_per_s:,.0f} inferences/s"
@@ -145,9 +155,9 @@ def _count(text: str) -> int:
     return count
 
 
-def find(tools: Path = TOOLS) -> str:
+def find(tools: Path | None = None) -> str:
     """The path of perf_analyzer; SweepFailed says how to get it."""
-    program = shutil.which("perf_analyzer") or shutil.which("perf_analyzer", path=tools / "bin")
+    program = shutil.which("perf_analyzer") or shutil.which("perf_analyzer", path=(tools or TOOLS) / "bin")
     if program is None:
         raise SweepFailed("perf_analyzer is not there: `make perf_analyzer` gets it")
     return program
@@ -178,23 +188,22 @@ def measure(program: str, endpoint: Endpoint, name: str, concurrency: int, args:
     arguments += ["--concurrency-range", str(concurrency)]
     if "--shared-memory" in arguments:
         arguments += ["--output-shared-memory-size", str(args.output_bytes)]
+    return analyze([program, *arguments, *args.more], way.title, concurrency)
+
+
+def analyze(command: Sequence[str], way: str, concurrency: int) -> Run:
+    """One run of perf_analyzer by its command line, without the flag for its report."""
     with tempfile.TemporaryDirectory(prefix="sluice-sweep-") as scratch:
         table = Path(scratch) / "report.csv"
         libraries = f"{TOOLS / 'lib'}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")
+        environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
         try:
-            done = subprocess.run(
-                [program, *arguments, "-f", str(table), *args.more],
-                env={**os.environ, "LD_LIBRARY_PATH": libraries},
-                capture_output=True,
-                text=True,
-                timeout=RUN_TIMEOUT_S,
-                check=False,
-            )
+            done, spent = effort.run([*command, "-f", str(table)], RUN_TIMEOUT_S, THREADS, environment)
         except subprocess.TimeoutExpired:
-            return Run(way.title, concurrency, errors=(f"no end after {RUN_TIMEOUT_S:g} s",))
+            return Run(way, concurrency, errors=(f"no end after {RUN_TIMEOUT_S:g} s",))
         if done.returncode or not table.exists():
-            return Run(way.title, concurrency, errors=told_errors(done.stdout + done.stderr))
-        return read(table.read_text(), way.title, concurrency)
+            return Run(way, concurrency, errors=told_errors(done.stdout + done.stderr))
+        return replace(read(table.read_text(), way, concurrency), effort=spent)
 
 
 def told_errors(output: str) -> tuple[str, ...]:
@@ -213,12 +222,14 @@ def read(table: str, way: str, concurrency: int) -> Run:
 def render(runs: Sequence[Run]) -> str:
     """The table, and below it each error with its run."""
     errors = [f"{run.way}, {run.concurrency} in flight: {text}" for run in runs for text in run.errors]
-    return "\n".join([markdown([HEAD, *map(_cells, runs)], words=1), *errors])
+    notes = [LIMITED_NOTE] if any(run.generator_was_limit for run in runs) else []
+    return "\n".join([markdown([HEAD, *map(_cells, runs)], words=1), *notes, *errors])
 
 
 def _cells(run: Run) -> tuple[str, ...]:
-    measured = (f"{run.inferences_per_s:,.0f}", f"{run.p50_ms:.2f}", f"{run.p99_ms:.2f}")
-    return (run.way, str(run.concurrency), *(("", "", "") if run.errors else measured), str(len(run.errors)))
+    busy = "" if run.effort is None else f"{run.effort.busy:.0%}{LIMITED * run.generator_was_limit}"
+    measured = (f"{run.inferences_per_s:,.0f}", f"{run.p50_ms:.2f}", f"{run.p99_ms:.2f}", busy)
+    return (run.way, str(run.concurrency), *([""] * len(measured) if run.errors else measured), str(len(run.errors)))
 
 
 if __name__ == "__main__":

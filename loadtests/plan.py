@@ -3,9 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from loadtests.burst import Burst
+from loadtests.coalesce import Coalesce
+from loadtests.experiment import Experiment
 from loadtests.h2load import Load
 from loadtests.models import OCR_SIZES, PIPELINE
-from loadtests.peers import CACHED, CACHED_UNIQUE, ECHO, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE
+from loadtests.overload import Overload
+from loadtests.peers import CACHED, CACHED_UNIQUE, ECHO, FEATURES, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE
+from loadtests.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,14 @@ OCR = "ocr"
 MEMORY = "memory"
 """The part that is no row of the table."""
 
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    "burst": Burst,
+    "overload": Overload,
+    "steps": Steps,
+    "coalesce": Coalesce,
+}
+"""The parts about promises under load, which are no rows either (`loadtests.scheduling`)."""
+
 PARTS: dict[str, tuple[Case, ...]] = {
     "identity": _cases("identity", BASE, GRPCIO, NATIVE, ECHO, LOOP),
     "lone": _cases("identity", LONE, GRPCIO, NATIVE, ECHO),
@@ -44,6 +57,8 @@ PARTS: dict[str, tuple[Case, ...]] = {
     + _cases("identity_cached", BASE, UNIQUE, CACHED_UNIQUE),
     "ensemble": tuple(case for model in (*PIPELINE, "pipeline") for case in _cases(model, LONE, NATIVE)),
     OCR: tuple(Case(model, NATIVE, IMAGES) for model in ("ocr", *(f"ocr_{most}" for most in OCR_SIZES))),
+    "features": _cases("identity", BASE, NATIVE, FEATURES),
+    **dict.fromkeys(EXPERIMENTS, ()),
     MEMORY: (),
 }
 """Each part has everything in it that its goals compare."""
@@ -61,15 +76,19 @@ class Plan:
     soak_warmup_requests: int = 10_000
     soak_requests: tuple[tuple[str, int], ...] = ((GRPCIO, 100_000), (NATIVE, 1_000_000))
     """How many requests follow the warm-up, for each of our transports."""
+    open_rounds: int = 3
+    open_s: float = 8.0
+    """Rounds of the experiments, and how long an open loop goes on in each."""
 
     def cases(self, transports: Iterable[str]) -> list[Case]:
         """The rows to measure with our transports that there are; what two parts share is measured once."""
         measurable = {*transports, ECHO, LOOP}
         if NATIVE in measurable:
-            measurable |= {SHARED, REST, UNIQUE, STREAM, CACHED, CACHED_UNIQUE}
+            measurable |= {FEATURES, SHARED, REST, UNIQUE, STREAM, CACHED, CACHED_UNIQUE}
         found = dict.fromkeys(case for part in self.parts for case in PARTS[part])
         return [case for case in found if case.who in measurable]
 
 
-QUICK = Plan(rounds=1, round_s=1.5, trial_s=0.25, soak_requests=((GRPCIO, 30_000), (NATIVE, 100_000)))
-"""Two minutes: enough to see about where the figures are; one round has no spread."""
+QUICK = Plan(rounds=1, round_s=1.5, trial_s=0.25, soak_requests=((GRPCIO, 30_000), (NATIVE, 100_000)), open_rounds=1,
+             open_s=4.0)  # fmt: skip
+"""Some three minutes: enough to see about where the figures are; one round has no spread."""

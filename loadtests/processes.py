@@ -28,12 +28,24 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServerProcess:
-    """A server that answers on this port of this machine."""
+    """A server that answers on this port, of this machine unless somebody else started it."""
 
-    pid: int
+    pid: int | None
+    """None for one that was not started here: what it uses cannot be measured."""
     port: int
     http_port: int = 0
     """Where it answers REST, if it does."""
+    host: str = "127.0.0.1"
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of its gRPC."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def http_address(self) -> str:
+        """HOST:PORT of its REST."""
+        return f"{self.host}:{self.http_port}"
 
 
 def free_port() -> int:
@@ -85,11 +97,15 @@ def _running(command: list[str], port: int, log: Path) -> Iterator[ServerProcess
 def wait_for_port(port: int, is_running: Callable[[], bool]) -> bool:
     """Wait until a gRPC server answers on the port; False when it has ended or takes too long."""
     until_s = time.monotonic() + START_TIMEOUT_S
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 100)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+        # Not `channel_ready_future`: its thread may look at the channel when that is closed already.
+        is_live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
         while is_running() and time.monotonic() < until_s:
             try:
-                grpc.channel_ready_future(channel).result(POLL_S)
-            except grpc.FutureTimeoutError:
-                continue
+                is_live(b"", timeout=POLL_S, wait_for_ready=True)
+            except grpc.RpcError as error:
+                if error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                    continue
             return True
     return False

@@ -26,6 +26,23 @@ def rss_bytes(status: str) -> int:
     raise ValueError("no VmRSS line: the process has ended, or is a kernel thread")
 
 
+def waited_s(schedstat: str) -> float:
+    """Seconds that a thread was ready to run and had no CPU, from the text of /proc/PID/task/TID/schedstat.
+
+    Its three numbers are nanoseconds on a CPU, nanoseconds waiting for one, and time slices (sched-stats in Linux'
+    documentation).
+    """
+    return int(schedstat.split()[1]) / 1e9
+
+
+def total_bytes(meminfo: str) -> int:
+    """The machine's memory from the text of /proc/meminfo."""
+    for line in meminfo.splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("no MemTotal line")
+
+
 def cpu_model(cpuinfo: str) -> str:
     """The processor's name from the text of /proc/cpuinfo, which has none on some architectures."""
     for line in cpuinfo.splitlines():

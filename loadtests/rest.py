@@ -47,7 +47,7 @@ class RestMeasurement(SluiceMeasurement):
         """Send so many requests."""
         headers = (f"{HEAD_LENGTH}: {self._head_length}",)
         request = h2load.Request(self._path, self._body, headers, len(reply), http1=True)
-        return h2load.run(self._server.http_port, request, self._load, requests, self._scratch)
+        return h2load.run(self._server.http_address, request, self._load, requests, self._scratch)
 
     def check_reply(self, reply: bytes) -> None:
         """The model's answer, whose tensor is behind the JSON."""

@@ -77,7 +77,7 @@ def registered(model: BenchModel, server: ServerProcess) -> Iterator[Shared]:
     shared = Shared(model)
     register = SystemSharedMemoryRegisterRequest(name=shared.name, key=f"/{shared.name}", byte_size=shared.size_bytes)
     try:
-        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        with grpc.insecure_channel(server.address) as channel:
             channel.unary_unary(f"/{SERVICE}/SystemSharedMemoryRegister")(register.SerializeToString())
             yield shared
             forget = SystemSharedMemoryUnregisterRequest(name=shared.name)

@@ -34,7 +34,7 @@ class StreamMeasurement(SluiceMeasurement):
 
     def ask(self) -> bytes:
         """The answer to one request."""
-        with grpc.insecure_channel(f"127.0.0.1:{self._server.port}") as channel:
+        with grpc.insecure_channel(self._server.address) as channel:
             (reply,) = channel.stream_stream(f"/{METHOD}")(iter([self.model.request]), timeout=30)
             return bytes(reply)
 
@@ -44,8 +44,8 @@ class StreamMeasurement(SluiceMeasurement):
         one = h2load.grpc_request(METHOD, self.model.request, len(reply))
         request = replace(one, body=one.body * messages, answer_bytes=one.answer_bytes * messages)
         load = Load(self._load.connections, 1)
-        done = h2load.run(self._server.port, request, load, requests // messages, self._scratch)
-        return Measured(requests, done.requests_per_s * messages, math.nan, math.nan, done.generator_cpu_s)
+        done = h2load.run(self._server.address, request, load, requests // messages, self._scratch)
+        return Measured(requests, done.requests_per_s * messages, math.nan, math.nan, done.effort)
 
     def check_reply(self, reply: bytes) -> None:
         """The model's answer, within that of a stream."""

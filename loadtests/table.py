@@ -1,25 +1,39 @@
-"""Prints the results: one Markdown table, the goals below it, and the machine."""
+"""Prints a run of the benchmark: Markdown tables of what was measured and of the goals, and the machine."""
 
 import math
 from collections.abc import Mapping, Sequence
 
-from loadtests.results import Goal, Memory, Row
+from loadtests.markdown import markdown
+from loadtests.record import Record
+from loadtests.results import Finding, Goal, Memory, Row
 from loadtests.summary import Summary
 
 COLUMNS = ("model", "who", "in flight", "requests/s", "server CPU us/request", "p50 ms", "p99 ms", "mean batch",
-           "h2load CPU us/request")  # fmt: skip
+           "generator CPU us/request")  # fmt: skip
+
+LIMITED = "†"
+LIMITED_NOTE = (
+    f"{LIMITED} the load generator was the limit: nine tenths of its time busy or waiting for a CPU, or late."
+)
 
 
-def render_report(
-    rows: Sequence[Row], memories: Sequence[Memory], goals: Sequence[Goal], facts: Mapping[str, str]
-) -> str:
-    """Everything that was measured, the goals last but for the machine; what was not measured is left out."""
+def render_report(record: Record) -> str:
+    """Everything that was measured, and then the machine."""
+    return f"{render_tables(record)}\n\n{render_machine(record.machine)}"
+
+
+def render_tables(record: Record) -> str:
+    """Everything that was measured, the goals last; what was not measured is left out."""
+    limited = any(each.generator_was_limit for each in (*record.rows, *record.goals))
     parts = [
-        render_rows(rows) if rows else "",
-        "\n".join(map(render_memory, memories)),
-        render_goals(goals) if goals else "",
+        render_rows(record.rows) if record.rows else "",
+        render_findings(record.findings) if record.findings else "",
+        "\n".join(map(render_memory, record.memories)),
+        render_goals(record.goals) if record.goals else "",
+        LIMITED_NOTE if limited else "",
+        "\n".join(f"Not measured: {text}" for text in record.skipped),
     ]
-    return "\n\n".join([part for part in parts if part] + [render_machine(facts)])
+    return "\n\n".join(part for part in parts if part)
 
 
 def render_rows(rows: Sequence[Row]) -> str:
@@ -27,15 +41,15 @@ def render_rows(rows: Sequence[Row]) -> str:
     return markdown([COLUMNS, *map(_cells, rows)], words=3)
 
 
-def markdown(cells: Sequence[Sequence[str]], words: int) -> str:
-    """A table whose first columns are words, to the left, and the others numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        [text.ljust(w) if n < words else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True))]
-        for line in cells
-    ]
-    rule = ["-" * width if number < words else "-" * (width - 1) + ":" for number, width in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+def render_findings(findings: Sequence[Finding]) -> str:
+    """A line for each figure of the parts that are no rows: the median, and the extremes of the rounds."""
+    head = ("case", "who", "figure", "measured", "rounds")
+    return markdown([head, *map(_finding_cells, findings)], words=3)
+
+
+def _finding_cells(each: Finding) -> tuple[str, ...]:
+    measured = f"{_number(each.value.median)} {each.unit}".strip()
+    return (each.case, each.who, each.figure, measured, _extremes(each.value))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -48,7 +62,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _plain(row.summary(lambda sample: sample.p50_ms)),
         _plain(row.summary(lambda sample: sample.p99_ms)),
         _plain(row.summary(lambda sample: sample.mean_batch_rows)),
-        _plain(row.summary(lambda sample: sample.generator_cpu_us_per_request)),
+        _plain(row.summary(lambda sample: sample.generator_cpu_us_per_request)) + LIMITED * row.generator_was_limit,
     )
 
 
@@ -56,9 +70,10 @@ def render_goals(goals: Sequence[Goal]) -> str:
     """A line for each goal: its limit, the median and the extremes of what was measured, and whether it is met."""
     cells = [("goal", "", "limit", "measured", "rounds")]
     for goal in goals:
-        value, limit = goal.value, f"{'at least' if goal.at_least else 'at most'} {goal.limit:g}"
-        rounds = f"{value.low:.3g} to {value.high:.3g}" if value.low != value.high else ""
-        cells.append((goal.text, "met" if goal.is_met else "MISSED", limit, f"{value.median:.3g}", rounds))
+        limit = "" if goal.limit is None else f"{'at least' if goal.at_least else 'at most'} {goal.limit:g}"
+        verdict = "" if goal.is_met is None else "met" if goal.is_met else "MISSED"
+        measured = _number(goal.value.median) + LIMITED * goal.generator_was_limit
+        cells.append((goal.text, verdict, limit, measured, _extremes(goal.value)))
     return markdown(cells, words=2)
 
 
@@ -74,6 +89,15 @@ def render_memory(memory: Memory) -> str:
 def render_machine(facts: Mapping[str, str]) -> str:
     """One line for each fact."""
     return "\n".join(f"{name:<10} {value}" for name, value in facts.items())
+
+
+def _extremes(value: Summary) -> str:
+    return f"{_number(value.low)} to {_number(value.high)}" if value.low != value.high else ""
+
+
+def _number(value: float) -> str:
+    """Three digits, or all of a larger number."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _with_spread(summary: Summary) -> str:

@@ -19,6 +19,8 @@ RUN_REQUESTS = 1 << 20
 class UniqueMeasurement(SluiceMeasurement):
     """Our server under requests that all differ in their first two elements."""
 
+    generator = varied.NAME
+
     def __init__(self, who: str, model: BenchModel, server: ServerProcess, load: Load, scratch: Path) -> None:
         super().__init__(who, model, server, load, scratch)
         (data,) = ModelInferRequest.FromString(model.request).raw_input_contents

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from sluice_batching import ExpiryTimer
 from sluice_server.execution.cuda_driver import find_driver
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     StartServer = Callable[..., RunningServer]
+
+
+# How long an example takes says more about the machine than about the example.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,8 @@
 """Dynamic batching: bounded queues that turn requests into batches, honour deadlines, and know nothing of tensors."""
 
 from sluice_batching.answer_order import AnswerOrder
+from sluice_batching.anticipation import Anticipation, Company
+from sluice_batching.arrivals import Constant, Diurnal, Ramp, Rate
 from sluice_batching.coalescer import Coalescer
 from sluice_batching.delay_trials import DelayTrials, Wait
 from sluice_batching.errors import (
@@ -30,13 +32,17 @@ __all__ = [
     "NEVER_QUEUED",
     "NO_DEADLINE",
     "AnswerOrder",
+    "Anticipation",
     "Arrival",
     "BatchQueue",
     "BatchingError",
     "Claim",
     "Coalescer",
+    "Company",
+    "Constant",
     "DeadlineExpired",
     "DelayTrials",
+    "Diurnal",
     "Draining",
     "ExpiryTimer",
     "Group",
@@ -48,6 +54,8 @@ __all__ = [
     "Queue",
     "QueueFull",
     "QueuePolicy",
+    "Ramp",
+    "Rate",
     "RateLimiter",
     "Report",
     "Request",

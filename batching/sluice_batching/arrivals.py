@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from itertools import count
+from itertools import repeat
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
@@ -100,8 +100,10 @@ def exponential(seed: int) -> Iterator[float]:
 def grouped(size: int) -> Iterator[float]:
     """`size` requests at once, and then none until as many more are due."""
     _above_zero(size=size)
-    for number in count():
-        yield float(size) if number and number % size == 0 else 0.0
+    yield from repeat(0.0, size)
+    while True:
+        yield float(size)
+        yield from repeat(0.0, size - 1)
 
 
 def arrivals(rate: Rate, spacing: Iterator[float]) -> Iterator[float]:

@@ -100,6 +100,7 @@ class BatchQueue(Generic[R]):
     __slots__ = (
         "_alarm_ns",
         "_clock",
+        "_gathers",
         "_idle_takers",
         "_lent",
         "_lock",
@@ -123,6 +124,7 @@ class BatchQueue(Generic[R]):
         self._queue: _Core[R] = make_queue(policy, self._run_times)
         self._idle_takers = 0
         self._lent = 0
+        self._gathers = False
         self._wake_up_under_way = False
         # The earliest instant at which an idle taker wakes by itself. Too late a value costs a wake-up in vain, and
         # every taker that wakes sets it back, so it is never too early.
@@ -286,6 +288,27 @@ class BatchQueue(Generic[R]):
                     return False
                 self._wait_for_work(NEVER_NS, now_ns, watches=True)
 
+    def gather(self, rows: int, within_ns: int) -> int:
+        """Wait until so many rows wait, for so long at most, and give how many do; nothing leaves the queue.
+
+        Less long where a deadline comes near, or the queue is draining. For the only taker of a queue, and nothing is
+        lent meanwhile.
+        """
+        with self._lock:
+            now_ns = self._clock()
+            until_ns = now_ns + within_ns
+            self._gathers = True
+            while self._queue.rows < rows and not self._queue.draining:
+                deadline_ns = self._queue.next_deadline_ns()
+                if deadline_ns is not None:
+                    until_ns = min(until_ns, deadline_ns - self._run_times.danger_ns)
+                if now_ns >= until_ns:
+                    break
+                wait_until(self._work, until_ns, now_ns)
+                now_ns = self._clock()
+            self._gathers = False
+            return self._queue.rows
+
     def cancel(self, request: R) -> bool:
         """Take a request out: True if it was waiting here, and nobody else will answer it; False if it has left."""
         with self._lock:
@@ -344,6 +367,8 @@ class BatchQueue(Generic[R]):
             if wakeup_ns is not None and wakeup_ns < self._alarm_ns:
                 self._wake_up_under_way = True
                 self._work.notify()
+        elif self._gathers:
+            self._work.notify()
 
     def _watch(self) -> None:
         deadline_ns = self._queue.next_deadline_ns()

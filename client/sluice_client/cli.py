@@ -16,7 +16,7 @@ from typing import Any, Final, TextIO
 from sluice_client.client import Client
 from sluice_client.errors import ClientError, InvalidRequest, ServerError
 from sluice_client.inputs import fill, json_value, parse_assignments, parse_shapes, read_input
-from sluice_client.results import ModelIndex, ModelStatistics, Result
+from sluice_client.results import Array, ModelIndex, ModelStatistics, Result
 from sluice_client.settings import DEFAULT_DEADLINE_S, DEFAULT_PORT, Tls
 
 COMMANDS_GROUP: Final = "sluice.commands"
@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None, commands: Iterable[EntryPoint] | Non
 
 def _dispatch(arguments: list[str], by_name: dict[str, EntryPoint]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        _write(sys.stdout if arguments else sys.stderr, _help(by_name))
+        write(sys.stdout if arguments else sys.stderr, _help(by_name))
         return DONE if arguments else USAGE
     name, rest = arguments[0], arguments[1:]
     if name in ("-V", "--version"):
-        _write(sys.stdout, f"sluice {version('sluice')}")
+        write(sys.stdout, f"sluice {version('sluice')}")
         return DONE
     if name not in by_name:
         return _fail(f"sluice: no command {name!r}; there are {', '.join(by_name)} (sluice --help)", USAGE)
@@ -63,30 +63,20 @@ _EXTRA: Final = "install the server with pip install 'sluice[server]'"
 
 def infer(argv: list[str]) -> int:
     """Send one request to a model and print its outputs."""
-    parser = _parser("infer", infer)
+    parser = command_parser("infer", infer)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument(
-        "--input",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an input: NAME=file.npy, NAME=@file.npz:key, or NAME=JSON like X=[[1,2,3]] (repeatable)",
-    )
-    parser.add_argument("--fill", choices=["zeros", "random"], help="make the inputs that are not given with --input")
-    parser.add_argument(
-        "--shape", action="append", default=[], metavar="NAME=D,D", help="the shape to make with --fill, like X=1,16"
-    )
+    add_input_options(parser)
     parser.add_argument("--output", action="append", metavar="NAME", help="a wanted output; all without it")
     parser.add_argument("--model-version", default="", metavar="N", help="the model version; the newest without it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return _run(parser, argv, _infer, DEFAULT_DEADLINE_S)
+    return run_command(parser, argv, _infer, DEFAULT_DEADLINE_S)
 
 
 def status(argv: list[str]) -> int:
     """Show whether servers are up, their models and what these have done."""
-    parser = _parser("status", status)
+    parser = command_parser("status", status)
     parser.add_argument("--json", action="store_true", help="print one JSON object for each endpoint, one a line")
-    return _run(parser, argv, _status, STATUS_DEADLINE_S)
+    return run_command(parser, argv, _status, STATUS_DEADLINE_S)
 
 
 def _help(by_name: dict[str, EntryPoint]) -> str:
@@ -100,7 +90,23 @@ def _help(by_name: dict[str, EntryPoint]) -> str:
     return "\n".join([*lines, "", "sluice COMMAND --help tells more; sluice --version prints the version"])
 
 
-def _parser(name: str, command: Command) -> argparse.ArgumentParser:
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `read_inputs` reads."""
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an input: NAME=file.npy, NAME=@file.npz:key, or NAME=JSON like X=[[1,2,3]] (repeatable)",
+    )
+    parser.add_argument("--fill", choices=["zeros", "random"], help="make the inputs that are not given with --input")
+    parser.add_argument(
+        "--shape", action="append", default=[], metavar="NAME=D,D", help="the shape to make with --fill, like X=1,16"
+    )
+
+
+def command_parser(name: str, command: Command) -> argparse.ArgumentParser:
+    """The options of every command that calls servers."""
     parser = argparse.ArgumentParser(prog=f"sluice {name}", description=command.__doc__)
     parser.add_argument(
         "--endpoint",
@@ -116,7 +122,7 @@ def _parser(name: str, command: Command) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(
+def run_command(
     parser: argparse.ArgumentParser,
     argv: list[str],
     action: Callable[[Client, argparse.Namespace], int],
@@ -131,7 +137,7 @@ def _run(
         with Client(
             arguments.endpoint or f"localhost:{DEFAULT_PORT}",
             deadline_s=deadline_s if arguments.deadline is None else arguments.deadline,
-            tls=_tls(arguments),
+            tls=read_tls(arguments),
         ) as client:
             return action(client, arguments)
     except InvalidRequest as error:
@@ -144,7 +150,8 @@ def _run(
         return _fail(f"{parser.prog}: {error}", USAGE)
 
 
-def _tls(arguments: argparse.Namespace) -> Tls | None:
+def read_tls(arguments: argparse.Namespace) -> Tls | None:
+    """What the options say of TLS. OSError when a file cannot be read, InvalidRequest when they do not fit together."""
     if not (arguments.tls_ca or arguments.tls_cert or arguments.tls_key or arguments.tls_server_name):
         return None
     return Tls.from_files(
@@ -156,6 +163,14 @@ def _tls(arguments: argparse.Namespace) -> Tls | None:
 
 
 def _infer(client: Client, arguments: argparse.Namespace) -> int:
+    inputs = read_inputs(client, arguments)
+    result = client.infer(arguments.model, inputs, outputs=arguments.output, version=arguments.model_version)
+    write(sys.stdout, json.dumps(_result_json(result)) if arguments.json else _result_text(result))
+    return DONE
+
+
+def read_inputs(client: Client, arguments: argparse.Namespace) -> dict[str, Array]:
+    """The inputs that the options give or have made up, by name; asks the server for what it has to know of them."""
     texts = parse_assignments("--input", arguments.input)
     shapes = parse_shapes(arguments.shape)
     described = {}
@@ -171,9 +186,7 @@ def _infer(client: Client, arguments: argparse.Namespace) -> int:
         inputs |= {tensor.name: fill(tensor, arguments.fill, shapes.pop(tensor.name, None)) for tensor in missing}
     if shapes:
         raise InvalidRequest(f"--shape {next(iter(shapes))}: this input is not made by --fill")
-    result = client.infer(arguments.model, inputs, outputs=arguments.output, version=arguments.model_version)
-    _write(sys.stdout, json.dumps(_result_json(result)) if arguments.json else _result_text(result))
-    return DONE
+    return inputs
 
 
 def _result_json(result: Result) -> dict[str, Any]:
@@ -199,7 +212,7 @@ def _result_text(result: Result) -> str:
 def _status(client: Client, arguments: argparse.Namespace) -> int:
     reports = [_report(client, endpoint) for endpoint in client.endpoints]
     for report in reports:
-        _write(sys.stdout, json.dumps(report) if arguments.json else _report_text(report))
+        write(sys.stdout, json.dumps(report) if arguments.json else _report_text(report))
     return DONE if all(report.get("ready") for report in reports) else FAILED
 
 
@@ -265,11 +278,12 @@ def _report_text(report: dict[str, Any]) -> str:
     return "\n".join([head, *lines])
 
 
-def _write(stream: TextIO, text: str) -> None:
+def write(stream: TextIO, text: str) -> None:
+    """Write a line, at once."""
     stream.write(text + "\n")
     stream.flush()
 
 
 def _fail(message: str, exit_status: int = FAILED) -> int:
-    _write(sys.stderr, message)
+    write(sys.stderr, message)
     return exit_status

@@ -222,8 +222,8 @@ def _add_input(head: ModelInferRequest, name: str, array: Array) -> bytes | Arra
     return raw
 
 
-def _result(answer: bytes, timing: Timing) -> Result:
-    message = _message(ModelInferResponse, answer)
+def outputs_of(message: ModelInferResponse) -> dict[str, Array]:
+    """The outputs of an answer by name, in its order. Raises InvalidResponse."""
     raws = iter(message.raw_output_contents)
     outputs = {}
     for output in message.outputs:
@@ -240,6 +240,12 @@ def _result(answer: bytes, timing: Timing) -> Result:
         except ProtoError as error:
             raise InvalidResponse(f"output {output.name!r}: {error}") from None
         outputs[output.name] = array
+    return outputs
+
+
+def _result(answer: bytes, timing: Timing) -> Result:
+    message = _message(ModelInferResponse, answer)
+    outputs = outputs_of(message)
     parameters = {key: _parameter_value(value) for key, value in message.parameters.items()}
     return Result(
         MappingProxyType(outputs),

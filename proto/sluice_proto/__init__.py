@@ -1,4 +1,4 @@
-"""The wire format of the inference protocol: generated messages, and tensors between numpy and the wire."""
+"""The wire format of the inference protocol: messages, tensors between numpy and the wire, and files of requests."""
 
 __all__ = [
     "POOL",
@@ -6,6 +6,7 @@ __all__ = [
     "BytesError",
     "BytesTruncatedBody",
     "BytesTruncatedLength",
+    "CaptureError",
     "ContentsError",
     "InvalidShape",
     "NoContentsField",
@@ -17,6 +18,7 @@ __all__ = [
     "UnsupportedElement",
     "WireError",
     "WrongContentsField",
+    "capture",
     "errors",
     "grpc_service_pb2",
     "model_config_pb2",
@@ -24,12 +26,13 @@ __all__ = [
     "wire",
 ]
 
-from sluice_proto import errors, grpc_service_pb2, model_config_pb2, tensors, wire
+from sluice_proto import capture, errors, grpc_service_pb2, model_config_pb2, tensors, wire
 from sluice_proto.errors import (
     BytesElementCount,
     BytesError,
     BytesTruncatedBody,
     BytesTruncatedLength,
+    CaptureError,
     ContentsError,
     InvalidShape,
     NoContentsField,

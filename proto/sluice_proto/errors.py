@@ -14,10 +14,17 @@ ProtoError
 │   │   └── NoContentsField
 │   ├── UnsupportedArray         a numpy type that the protocol has no name for
 │   └── UnsupportedElement       an object in an array that is neither bytes nor text
-└── WireError                    a message that is not protobuf
+├── WireError                    a message that is not protobuf
+└── CaptureError                 a capture file that is damaged, or none
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 
 class ProtoError(Exception):
@@ -130,3 +137,13 @@ class WireError(ProtoError):
         super().__init__(f"malformed message at byte {offset}: {reason}")
         self.reason = reason
         self.offset = offset
+
+
+class CaptureError(ProtoError):
+    """A file cannot be read as a capture; `offset` (bytes) is where what is wrong begins."""
+
+    def __init__(self, path: Path, offset: int, reason: str) -> None:
+        super().__init__(f"{path} at byte {offset}: {reason}")
+        self.path = path
+        self.offset = offset
+        self.reason = reason

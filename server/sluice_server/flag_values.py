@@ -34,6 +34,14 @@ def whole(text: str) -> int:
     return value
 
 
+def positive_whole(text: str) -> int:
+    """A number of any size, but not 0."""
+    value = whole(text)
+    if not value:
+        raise argparse.ArgumentTypeError("expected a whole number > 0, got 0")
+    return value
+
+
 def count(text: str) -> int:
     """A number that may be 0 and that a transport can keep."""
     return _at_most(NUMBER_MAX, whole(text), text)
@@ -41,10 +49,7 @@ def count(text: str) -> int:
 
 def positive(text: str) -> int:
     """The same, but not 0."""
-    value = count(text)
-    if not value:
-        raise argparse.ArgumentTypeError("expected a whole number > 0, got 0")
-    return value
+    return _at_most(NUMBER_MAX, positive_whole(text), text)
 
 
 def port(text: str) -> int:

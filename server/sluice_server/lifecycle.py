@@ -7,6 +7,7 @@ stop     not ready, no new calls, accepted calls are finished, queues run dry, H
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.metadata
 import logging
@@ -26,12 +27,15 @@ from sluice_server.execution.shared_memory import RegionTable
 from sluice_server.http.app import HttpFront, Metrics
 from sluice_server.http.server import HttpListener, HttpServer
 from sluice_server.observability import metrics
+from sluice_server.observability.capture import Capture
 from sluice_server.observability.host import HostReader
 from sluice_server.observability.latencies import LatencyOptions, LatencySnapshot
 from sluice_server.observability.logs import LogControl
 from sluice_server.observability.trace_control import TraceControl, TraceMode
 from sluice_server.observability.tracing import create_tracer
 from sluice_server.protocol import health, reflection
+from sluice_server.protocol.capturable import Preparation
+from sluice_server.protocol.captured import CapturingDispatcher
 from sluice_server.protocol.dispatch import Dispatcher
 from sluice_server.protocol.log_settings import LogSettings
 from sluice_server.protocol.rest import Rest
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from sluice_server.execution.cuda_driver import CudaDriver
+    from sluice_server.observability.capture import CaptureOptions
     from sluice_server.protocol.rpcs import Rpc
     from sluice_server.settings import HttpSettings, ServerSettings
     from sluice_server.status import Code
@@ -102,6 +107,7 @@ class Server:
         by_settings = settings.trace.mode is TraceMode.OPENTELEMETRY
         self._tracer = create_tracer(environ, self._version, otlp=settings.trace.otlp if by_settings else None)
         self._traces = TraceControl(settings.trace, self._tracer)
+        self._capture = _capture(settings.capture)
         self._host = HostReader(interval_ns=settings.metrics_options.interval_ns)
         to_status = StatusMapper(triton_codes=settings.triton_status_codes)
         self._cache = ResponseCache(settings.models.cache_bytes) if settings.models.cache_bytes else None
@@ -160,7 +166,8 @@ class Server:
             logger.warning("headers are forwarded to traces only, and nothing is traced (--trace-config)")
         # Where the settings choose whom to trace, the environment's sampler is not asked.
         tracer = None if self._settings.trace.mode is TraceMode.OPENTELEMETRY else self._tracer
-        return Dispatcher(
+        dispatcher = Dispatcher if self._capture is None else functools.partial(CapturingDispatcher, self._capture)
+        return dispatcher(
             self.manager,
             rpcs,
             to_status,
@@ -230,6 +237,11 @@ class Server:
                 f"{', '.join(failed)} failed to load (the reasons are above);"
                 " start with --exit-on-error=false to serve the other models"
             )
+        if self._capture is not None:
+            try:
+                self._capture.open()
+            except OSError as error:
+                raise StartError(f"--capture-file: {error}") from error
         self.transport.start()
         if self._settings.models.control_mode is ControlMode.POLL:
             self._poller.start()
@@ -267,6 +279,8 @@ class Server:
         self._timer.stop()
         self._http.stop()
         self._traces.close()
+        if self._capture is not None:
+            self._capture.close()
         if self._tracer is not None:
             self._tracer.shutdown(TRACE_FLUSH_S)
         logger.info("server has stopped", extra={"all_answered": finished and in_time})
@@ -298,9 +312,10 @@ class Server:
         ]
         host = self._host.read()
         usage = None if self._cache is None else self._cache.usage()
+        captured = None if self._capture is None else self._capture.usage()
         return metrics.render(
             models,
-            metrics.ServerMetrics(self._version, self.rpc_outcomes(), host, usage),
+            metrics.ServerMetrics(self._version, self.rpc_outcomes(), host, usage, captured),
             self._settings.metrics_options,
         )
 
@@ -314,6 +329,15 @@ class Server:
         self._health.set_serving(name, serving=ready)
         if not name:
             self._health.set_serving(SERVICE.full_name, serving=ready)
+
+
+def _capture(options: CaptureOptions | None) -> Capture | None:
+    if options is None:
+        return None
+    try:
+        return Capture(options, Preparation(options.redact, every_request=options.rate == 1))
+    except OSError as error:
+        raise StartError(f"--capture-file: {error}") from error
 
 
 def _listener(app: HttpFront, settings: HttpSettings | None) -> HttpListener | None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from sluice_server.capture_flags import add_capture_flags
 from sluice_server.flag_values import SettingsError, count, file_stem, port, positive, switch, whole
 from sluice_server.front_flags import grpc_header_pattern, http_header_pattern
 from sluice_server.metrics_flags import add_metrics_flags
@@ -52,6 +53,7 @@ def serve_parser() -> argparse.ArgumentParser:
     _add_listener_flags(parser)
     _add_life_flags(parser)
     _add_log_flags(parser)
+    add_capture_flags(parser.add_argument_group("capture").add_argument)
     return parser
 
 

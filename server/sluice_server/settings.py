@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sluice_server.cache_flags import cache_bytes
+from sluice_server.capture_flags import capture_options
 from sluice_server.flag_values import SettingsError
 from sluice_server.front_flags import grpc_restrictions, http_restrictions
 from sluice_server.metrics_flags import metrics_options
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sluice_batching import Resource
+    from sluice_server.observability.capture import CaptureOptions
     from sluice_server.security.restrictions import Restriction
     from sluice_server.transport.options import TransportOptions
 
@@ -104,6 +106,8 @@ class ServerSettings:
     allow_any_control: bool = False
     allow_client_shm: bool = False
     trace: TraceConfig = field(default_factory=TraceConfig)
+    capture: CaptureOptions | None = None
+    """None: no requests are captured."""
 
 
 def parse_serve(argv: Sequence[str]) -> ServerSettings:
@@ -149,6 +153,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         allow_any_control=args.allow_control == "any",
         allow_client_shm=args.allow_client_shm,
         trace=trace_config(args.trace_config),
+        capture=capture_options(args),
     )
 
 

@@ -83,7 +83,7 @@ class AnswerOrderAgainstModel(RuleBasedStateMachine):
 
 
 TestAnswerOrderAgainstModel = AnswerOrderAgainstModel.TestCase
-TestAnswerOrderAgainstModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnswerOrderAgainstModel.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def popped(order: AnswerOrder[str, str]) -> list[tuple[str, str]]:

@@ -44,6 +44,10 @@ def test_even_arrivals_of_a_constant_rate_are_equally_far_apart():
     assert list(islice(arrivals(Constant(100), even()), 4)) == pytest.approx([0, 0.01, 0.02, 0.03], abs=1e-6)
 
 
+def test_arrivals_end_with_their_spacings():
+    assert list(arrivals(Constant(2), iter([1.0, 1.0]))) == [0.5, 1.0]
+
+
 def test_a_burst_comes_at_once_and_the_next_when_as_many_are_due():
     assert list(islice(arrivals(Constant(100), grouped(2)), 5)) == pytest.approx([0, 0, 0.02, 0.02, 0.04], abs=1e-6)
 

@@ -477,3 +477,62 @@ def test_a_taker_that_waits_for_a_full_batch_is_woken_when_less_is_full() -> Non
     queue.tune(merge_rows=2, queue_rows=100)
     assert queue.merge_rows == 2
     assert taker.result() == (offered, [])
+
+
+class Gatherer(threading.Thread):
+    """A thread that gathers once, and keeps how many rows there were."""
+
+    def __init__(self, queue: BatchQueue[Request], rows: int, within_ns: int) -> None:
+        super().__init__(name="gatherer", daemon=True)
+        self._queue, self._rows, self._within_ns = queue, rows, within_ns
+        self._result = -1
+        self.start()
+
+    def run(self) -> None:
+        self._result = self._queue.gather(self._rows, self._within_ns)
+
+    def result(self) -> int:
+        self.join(PATIENCE_S)
+        assert not self.is_alive()
+        return self._result
+
+
+def test_who_gathers_waits_until_enough_is_there_and_nothing_is_lent_meanwhile() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    gatherer = Gatherer(queue, 3, HOUR_NS)
+    clock.wait_for_reading("gatherer", 1)
+    assert queue.offer_and_take(request()) == (None, [])
+    queue.offer(request())
+    queue.offer(request())
+    assert gatherer.result() == 3
+    assert len(queue) == 3
+
+
+def test_who_gathers_waits_no_longer_than_that() -> None:
+    queue = batch_queue()
+    queue.offer(request())
+    assert queue.gather(2, MS) == 1
+    assert queue.gather(1, HOUR_NS) == 1
+
+
+def test_who_gathers_does_not_wait_until_a_deadline_is_near() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    gatherer = Gatherer(queue, 3, HOUR_NS)
+    clock.wait_for_reading("gatherer", 1)
+    queue.offer(request(deadline_ns=2 * HOUR_NS))
+    clock.wait_for_reading("gatherer", 2)
+    clock.now_ns = MS
+    queue.offer(request(deadline_ns=MS + 1))
+    clock.now_ns = 2 * MS
+    assert gatherer.result() == 2
+
+
+def test_who_gathers_is_sent_on_by_a_queue_that_drains() -> None:
+    clock = ManualClock()
+    queue = batch_queue(clock)
+    gatherer = Gatherer(queue, 3, HOUR_NS)
+    clock.wait_for_reading("gatherer", 1)
+    queue.drain()
+    assert gatherer.result() == 0

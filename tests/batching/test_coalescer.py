@@ -99,7 +99,7 @@ class CoalescerAgainstModel(RuleBasedStateMachine):
 
 
 TestCoalescerAgainstModel = CoalescerAgainstModel.TestCase
-TestCoalescerAgainstModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCoalescerAgainstModel.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_the_work_of_a_leader_that_leaves_goes_on_while_anybody_waits():

@@ -108,7 +108,7 @@ class LruAgainstModel(RuleBasedStateMachine):
 
 
 TestLruAgainstModel = LruAgainstModel.TestCase
-TestLruAgainstModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLruAgainstModel.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_the_entry_that_was_not_used_for_longest_makes_room():

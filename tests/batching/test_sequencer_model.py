@@ -323,4 +323,4 @@ class SequencerAgainstModel(RuleBasedStateMachine):
 
 
 TestSequencerAgainstModel = SequencerAgainstModel.TestCase
-TestSequencerAgainstModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestSequencerAgainstModel.settings = settings(max_examples=150, stateful_step_count=40)

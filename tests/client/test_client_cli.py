@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -51,6 +52,19 @@ def test_help_lists_the_commands_and_those_that_need_the_server(capsys: pytest.C
     out = capsys.readouterr().out
     assert "  infer     Send one request to a model and print its outputs.\n" in out
     assert "  serve     not installed: install the server with pip install 'sluice[server]'\n" in out
+
+
+def test_help_lists_every_command_that_the_distribution_installs(capsys: pytest.CaptureFixture[str]) -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    commands = pyproject["project"]["entry-points"][cli.COMMANDS_GROUP]
+    assert {"check", "infer", "load", "serve", "status"} <= set(commands)
+    assert cli.main(["--help"], [entry(*each) for each in commands.items()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == sorted(commands)
+    assert (
+        "  load      Load a model at a rate, whatever it answers, or find the highest rate that keeps objectives."
+        in lines
+    )
 
 
 def test_no_command_is_wrong_usage_and_prints_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sluice_server.dataflow import Graph, GraphError, Progress, Step
@@ -72,7 +72,6 @@ def graphs(draw: st.DrawFn) -> tuple[list[Step], list[str], list[str]]:
     return draw(st.permutations(steps)), [name for name in inputs if name in taken], outputs
 
 
-@settings(deadline=None)  # a busy machine
 @given(graphs(), st.data())
 def test_any_graph_computes_what_it_says_in_any_order_of_ends(
     drawn: tuple[list[Step], list[str], list[str]], data: st.DataObject

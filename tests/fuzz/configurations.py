@@ -170,8 +170,8 @@ CONFIGS = (
 
 
 def text_seeds() -> list[bytes]:
-    """Usual configurations."""
-    return [text.encode() for text in CONFIGS]
+    """Usual configurations, and one with enums by their numbers, of which the second is none."""
+    return [text.encode() for text in (*CONFIGS, "input { data_type: 11 dims: 4 } output { data_type: 99999999999 }")]
 
 
 def json_seeds() -> list[bytes]:

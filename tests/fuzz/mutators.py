@@ -6,6 +6,7 @@ Of a message with a byte changed anywhere most are no message any more, and are 
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from fuzz.subject import MESSAGE_BYTES_MAX, joined, parted
@@ -27,8 +28,8 @@ NUMBER_BYTES_MAX = 10
 NUMBERS = (0, 1, 2, 3, 4, 8, 16, 127, 128, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 1.5, 2**31, 2**63, 2**64, 1e300, "", "1", "X", "\u00e9", "\ud800", [], {}, [[]],
-    [None], {"a": 1}, [0, 1],
+    None, True, False, 0, 1, -1, 1.5, 2**31, 2**63, 2**64, 1e300, math.inf, "", "1", "X", "\u00e9", "\ud800", [], {},
+    [[]], [None], {"a": 1}, [0, 1],
 )  # fmt: skip
 
 Field = tuple[int, int, bytes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,7 @@ from sluice_batching import ExpiryTimer
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.execution.cuda_driver import LibCuda
 from sluice_server.execution.loader import ModelLoader
+from sluice_server.execution.served import Waiting
 from sluice_server.execution.shared_memory import RegionTable
 from sluice_server.observability.logs import LogControl, LogOptions
 from sluice_server.observability.trace_control import TraceConfig, TraceControl
@@ -33,11 +35,11 @@ from support.requests import answer_arrays, infer_request
 from support.shared_memory import Object, put_into_region
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
-    from sluice_server.execution.model import ServedModel
     from sluice_server.execution.response_cache import ResponseCache
+    from sluice_server.execution.served import Served
 
 MEMORY = "memory"
 """The folder of the shared memory objects."""
@@ -55,7 +57,10 @@ REFUSALS = frozenset((Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.UNIMPLEMENTED,
 """What an inference request may be refused with. DEADLINE_EXCEEDED: its own `timeout`, which may be a microsecond."""
 
 PICKY = "picky"
-"""The only model that fails by the values of valid tensors: an index that its table does not have."""
+"""The one of them that fails by the values of valid tensors: an index that its table does not have."""
+
+RUN_FAILED = re.compile(r"(in ensemble '\w+', )*onnx runtime error")
+"""How the text of a run that failed begins."""
 
 NO_ROOM = "shared memory size specified with the request for output"
 """How the text begins when a region has no room for an output, which is INTERNAL in Triton."""
@@ -92,15 +97,17 @@ class Serving(NamedTuple):
 
 
 @contextmanager
-def serving(directory: Path, cache: ResponseCache | None = None) -> Iterator[Serving]:
+def serving(
+    directory: Path, cache: ResponseCache | None = None, write: Callable[[Path], None] = write_models
+) -> Iterator[Serving]:
     """The models of tests/protocol, loaded and started, with one shared memory region, its objects in a folder.
 
-    With `cache` all of the models ask for it.
+    With `cache` all of the models ask for it. `write` puts others into the repository, and `simple` among them.
     """
     repository, memory = directory / "models", directory / MEMORY
     repository.mkdir(parents=True)
     memory.mkdir()
-    write_models(repository)
+    write(repository)
     if cache is not None:
         for config in repository.glob("*/config.pbtxt"):
             config.write_text(f"{config.read_text()}\nresponse_cache {{ enable: true }}\n")
@@ -181,19 +188,24 @@ def check_good(serving: Serving) -> None:
         np.testing.assert_array_equal(outputs["OUTPUT1"], ones * 2)
 
 
-def check_at_rest(models: list[ServedModel]) -> None:
-    """No queue has anything left in it."""
+def check_at_rest(models: Iterable[Served]) -> None:
+    """Nothing waits in any model."""
     for model in models:
-        assert (len(model.queue), model.queue.rows, model.queue.size_bytes) == (0, 0, 0), model
+        assert model.waiting() == Waiting(0, 0, 0), model
 
 
-def judge(message: bytes, code: Code, text: str) -> None:
-    """A refusal of an inference request is one for the client, or the one model that can fail has, and that is told."""
+def judge(
+    message: bytes, code: Code, text: str, failing: Collection[str] = (PICKY,), others: Collection[Code] = ()
+) -> None:
+    """A refusal of an inference request is one for the client, or a model that can fail has, and that is told.
+
+    `failing` are those models. `others` are the codes that a refusal may have next to REFUSALS.
+    """
     if code is Code.INTERNAL and not text.startswith(NO_ROOM):
-        assert text.startswith("onnx runtime error"), text
-        assert pb.ModelInferRequest.FromString(message).model_name == PICKY, text
+        assert RUN_FAILED.match(text), text
+        assert pb.ModelInferRequest.FromString(message).model_name in failing, text
     else:
-        assert code in REFUSALS or code is Code.INTERNAL, f"{code.name}: {text}"
+        assert code in REFUSALS or code in others or code is Code.INTERNAL, f"{code.name}: {text}"
     assert text
 
 

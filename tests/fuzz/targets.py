@@ -15,6 +15,7 @@ from fuzz.configurations import (
     text_seeds,
 )
 from fuzz.decoding import built_pairs, built_wire, cache_seeds, open_cache, open_wire, wire_seeds
+from fuzz.features import BUCKETS, ENSEMBLES, PRIORITIES, RAGGED, SPLIT
 from fuzz.gates import built_gates, gate_seeds, open_gates
 from fuzz.inference import (
     built_requests,
@@ -29,9 +30,24 @@ from fuzz.inference import (
 from fuzz.mutators import behind, change_json, change_message, in_one
 from fuzz.regions import built_regions, open_regions, region_seeds
 from fuzz.rest import built_rests, change_request, open_rests, rest_seeds
+from fuzz.sequences import built_sequences, open_sequences, sequence_seeds
 from fuzz.serving import seeds
 from fuzz.subject import Target
+from fuzz.together import Feature, built_for, opener, seeds_of
 from fuzz.warmups import built_warmups, open_warmups, warmup_seeds
+
+
+def _together(name: str, feature: Feature) -> Target:
+    return Target(
+        name,
+        opener(feature),
+        lambda: seeds_of(feature),
+        built_for(feature),
+        20_000,
+        2_000,
+        in_one(change_message),
+    )
+
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -51,5 +67,19 @@ TARGETS: dict[str, Target] = {
         Target(
             "regions", open_regions, region_seeds, built_regions(), 40_000, 2_000, in_one(behind(1, change_message))
         ),
+        Target(
+            "sequences",
+            open_sequences,
+            sequence_seeds,
+            built_sequences(),
+            40_000,
+            4_000,
+            in_one(behind(1, change_message)),
+        ),
+        _together("ensembles", ENSEMBLES),
+        _together("ragged", RAGGED),
+        _together("buckets", BUCKETS),
+        _together("split", SPLIT),
+        _together("priority", PRIORITIES),
     )
 }

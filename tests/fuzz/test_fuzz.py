@@ -33,7 +33,6 @@ def test_the_seeds_are_good(target, subject):
 def test_no_input_does_any_harm(target, subject):
     @settings(
         max_examples=EXAMPLES,
-        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),

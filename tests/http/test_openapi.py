@@ -46,7 +46,7 @@ def test_requests_made_up_from_the_description_are_answered_as_it_says(described
 
         @given(operation.as_strategy())
         @settings(
-            max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+            max_examples=EXAMPLES, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         def ask(case):

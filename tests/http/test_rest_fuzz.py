@@ -38,7 +38,7 @@ def read(requests: InferRequests, body: bytes, head_length: str | None) -> bytes
     return message
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(HEADS, st.binary(max_size=40), st.one_of(st.none(), st.integers(-2, 2)))
 def test_any_head_becomes_a_message_or_an_error_and_the_same_again(head, tail, off):
     text = json.dumps(head).encode()
@@ -49,7 +49,7 @@ def test_any_head_becomes_a_message_or_an_error_and_the_same_again(head, tail, o
     assert read(requests, body, length) == first  # when its head is known, too
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.binary(max_size=60), st.sampled_from([None, "0", "1", "7"]))
 def test_any_bytes_do_too(body, length):
     read(InferRequests(), body, length)

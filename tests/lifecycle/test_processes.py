@@ -9,12 +9,12 @@ import grpc
 import numpy as np
 import pytest
 from heavy import slow_to_load
-from processes import Addresses, seconds_since, serve
 
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.transport.choice import TransportChoice
 from support import models
 from support.fakes import PATIENCE_S, eventually
+from support.processes import Addresses, seconds_since, serve
 from support.requests import answer_arrays, infer_request
 from support.server import SERVICE
 

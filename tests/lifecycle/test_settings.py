@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -37,6 +38,11 @@ FLAGS = [
     (["--model-repository=/more"], "models.repositories", (Path("/models"), Path("/more"))),
     (["--model-store", "/more"], "models.repositories", (Path("/models"), Path("/more"))),
     (["--trace-config=rate=7"], "trace.options.rate", 7),
+    ([], "capture", None),
+    (["--capture-file=/tmp/c"], "capture.file", Path("/tmp/c")),
+    (["--capture-file=c", "--capture-rate=0.01"], "capture.rate", 0.01),
+    (["--capture-file=c", "--capture-max-bytes=1000"], "capture.max_bytes", 1000),
+    (["--capture-file=c", "--capture-redact=json:dumps"], "capture.redact", json.dumps),
     ([], "models.control_mode", ControlMode.NONE),
     (["--model-control-mode=none"], "models.control_mode", ControlMode.NONE),
     (["--model-control-mode=explicit"], "models.control_mode", ControlMode.EXPLICIT),

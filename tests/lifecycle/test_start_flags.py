@@ -10,13 +10,13 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from processes import serve
 
 from sluice_server.lifecycle import Server
 from sluice_server.settings import HttpSettings
 from sluice_server.transport import ListenError
 from sluice_server.transport.options import TransportOptions
 from support import models
+from support.processes import serve
 from support.requests import infer_request
 from support.server import CALL_TIMEOUT_S, LOOPBACK, need, running, server_settings
 

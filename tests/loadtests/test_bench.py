@@ -1,6 +1,5 @@
 """The benchmark from end to end, as quick as it gets: that it measures and checks, not what it measures."""
 
-import json
 import math
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from loadtests.models import THREADS, generate
 from loadtests.ort_loop import measure, open_session
 from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, SluiceMeasurement, probe
 from loadtests.plan import APART, BASE, CROWD, IMAGES, Plan
+from loadtests.record import read
 from loadtests.rest import RestMeasurement
 from loadtests.shared_memory import SharedMeasurement, registered
 from loadtests.streams import StreamMeasurement
@@ -42,18 +42,23 @@ def test_a_run_prints_the_tables_and_writes_json(tmp_path: Path) -> None:
     done = run_bench("--parts", "identity", "lone", "--json", str(results))
 
     assert done.returncode == 0, done.stderr
-    table, goals, machine = done.stdout.strip().split("\n\n")
+    table, goals, *_, machine = done.stdout.strip().split("\n\n")
     ours = [GRPCIO] if native_problem(version("sluice")) else [GRPCIO, NATIVE]
     assert {line.split("|")[2].strip() for line in table.splitlines()[2:]} == {*ours, ECHO, LOOP}
     assert {line.split("|")[2].strip() for line in goals.splitlines()[2:]} <= {"met", "MISSED"}
     assert "onnxruntime" in machine
-    samples = {(row["who"], row["load"]): row["samples"][0] for row in json.loads(results.read_text())["rows"]}
-    assert min(sample["requests_per_s"] for sample in samples.values()) > 0
-    assert samples[ECHO, "32 (2 x 16)"]["mean_batch_rows"] is None
+    record = read(results)
+    assert record.flags == ("--quick", "--seconds=0.2", "--parts", "identity", "lone", "--json", str(results))
+    assert record.versions["numpy"] == version("numpy")
+    samples = {(row.who, row.load): row.samples[0] for row in record.rows}
+    assert min(sample.requests_per_s for sample in samples.values()) > 0
+    assert math.isnan(samples[ECHO, "32 (2 x 16)"].mean_batch_rows)
     for who in ours:
-        assert samples[who, "32 (2 x 16)"]["cpu_us_per_request"] > 0
-        assert samples[who, "32 (2 x 16)"]["mean_batch_rows"] >= 1
-        assert samples[who, "1 (1 x 1)"]["mean_batch_rows"] == 1
+        sample = samples[who, "32 (2 x 16)"]
+        assert sample.cpu_us_per_request > 0
+        assert sample.mean_batch_rows >= 1
+        assert 0 < sample.generator_busy < 2
+        assert samples[who, "1 (1 x 1)"].mean_batch_rows == 1
 
 
 @needs_h2load
@@ -85,12 +90,12 @@ def test_tensors_in_shared_memory_come_through_and_are_looked_at(transport: str,
         with registered(model, server) as shared:
             images = SharedMeasurement(model, server, IMAGES, tmp_path, shared)
             assert images.send(2 * IMAGES.in_flight).requests_per_s > 0
-            reply = probe(server.port, images.model)
+            reply = probe(server.address, images.model.request)
             images.check_reply(reply)
             with pytest.raises(LoadError, match="not what ONNX Runtime gives"):
                 images.check_reply(reply)
         with pytest.raises(grpc.RpcError, match="Unable to find shared memory region"):
-            probe(server.port, images.model)
+            probe(server.address, images.model.request)
 
 
 @needs_h2load

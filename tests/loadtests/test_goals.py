@@ -7,9 +7,9 @@ import pytest
 from loadtests.h2load import Load
 from loadtests.peers import ECHO, GRPCIO, LOOP, NATIVE, Sample
 from loadtests.plan import MEMORY, PARTS, Plan
-from loadtests.results import TARGETS, Goal, Key, Memory, Row, Target, goals
-from loadtests.summary import summarize
-from loadtests.table import render_goals, render_memory, render_report, render_rows
+from loadtests.record import Record
+from loadtests.results import TARGETS, Goal, Key, Memory, Row, Target, goals, rate
+from loadtests.table import LIMITED, render_goals, render_memory, render_report, render_rows
 
 BASE = Load(2, 16)
 
@@ -108,8 +108,8 @@ def test_the_table_shows_medians_and_spread_and_leaves_out_what_was_not_measured
 
 
 def test_a_goal_is_printed_with_its_limit_its_value_and_whether_it_is_met() -> None:
-    met = Goal("fast", summarize([0.5, 0.4, 0.6]), 0.5, at_least=False)
-    missed = Goal("faster", summarize([7.5]), 8, at_least=True)
+    met = Goal("fast", (0.5, 0.4, 0.6), 0.5, at_least=False)
+    missed = Goal("faster", (7.5,), 8, at_least=True)
 
     lines = render_goals([met, missed]).splitlines()
     assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
@@ -129,4 +129,51 @@ def test_memory_is_printed_before_and_after() -> None:
 
 
 def test_a_report_leaves_out_what_was_not_measured() -> None:
-    assert render_report([], [], [], {"cores": "2"}).split() == ["cores", "2"]
+    assert render_report(Record(machine={"cores": "2"})).split() == ["cores", "2"]
+
+
+def busy_sample(busy: float, waiting: float) -> Sample:
+    return Sample(1.0, 1.0, 1.0, 1.0, generator_busy=busy, generator_waiting=waiting)
+
+
+@pytest.mark.parametrize(
+    ("shares", "was_limit"),
+    [
+        ([(0.5, 0.1)], False),
+        ([(0.95, 0.0)], True),
+        ([(0.5, 0.45)], True),
+        ([(math.nan, math.nan)], False),
+        ([(0.95, 0.0), (0.5, 0.1)], False),
+        ([(0.95, 0.0), (0.5, 0.1), (0.9, 0.0)], True),
+    ],
+)
+def test_a_row_whose_generator_was_the_limit_in_most_rounds_says_so(
+    shares: list[tuple[float, float]], was_limit: bool
+) -> None:
+    measured = row("identity", NATIVE, BASE, *(busy_sample(*share) for share in shares))
+    assert measured.generator_was_limit is was_limit
+    assert (LIMITED in render_rows([measured])) is was_limit
+    text = render_report(Record(rows=(measured,)))
+    assert ("the load generator was the limit" in text) is was_limit
+
+
+def test_a_goal_says_so_for_each_of_its_rows() -> None:
+    limited, free = busy_sample(0.95, 0.0), busy_sample(0.5, 0.0)
+    rows = [row("identity", NATIVE, BASE, free), row("identity", ECHO, BASE, limited)]
+    assert [goal.generator_was_limit for goal in goals(rows, [])] == [True]
+    rows[1] = row("identity", ECHO, BASE, free)
+    assert [goal.generator_was_limit for goal in goals(rows, [])] == [False]
+    assert LIMITED in render_goals([Goal("fast", (1.0,), 1.0, at_least=True, generator_was_limit=True)])
+
+
+def test_a_comparison_without_a_limit_has_no_verdict() -> None:
+    target = Target("native over triton", rate, Key("m", NATIVE, BASE), Key("m", "triton", BASE), None, at_least=True)
+    rows = [row("m", NATIVE, BASE, sample(200)), row("m", "triton", BASE, sample(100))]
+    (goal,) = goals(rows, [], [target])
+    assert (goal.is_met, goal.value.median) == (None, 2.0)
+    cells = render_goals([goal]).splitlines()[2].strip("|").split("|")
+    assert [cell.strip() for cell in cells] == ["native over triton", "", "", "2", ""]
+
+
+def test_what_was_not_measured_is_told_below_the_tables() -> None:
+    assert "Not measured: text detection: no package" in render_report(Record(skipped=("text detection: no package",)))

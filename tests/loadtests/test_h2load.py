@@ -86,10 +86,10 @@ def test_errors_of_a_real_server_fail_the_load_although_they_are_http_200(tmp_pa
     unknown = ModelInferRequest.FromString(model.request)
     unknown.model_name = "unknown"
     with processes.sluice(tmp_path / "models", tmp_path, "grpcio") as server:
-        done = h2load.run(server.port, h2load.grpc_request(METHOD, model.request, 94), Load(1, 4), 40, tmp_path)
+        done = h2load.run(server.address, h2load.grpc_request(METHOD, model.request, 94), Load(1, 4), 40, tmp_path)
         with pytest.raises(LoadError, match="grpc-status"):
             h2load.run(
-                server.port, h2load.grpc_request(METHOD, unknown.SerializeToString(), 94), Load(1, 4), 40, tmp_path
+                server.address, h2load.grpc_request(METHOD, unknown.SerializeToString(), 94), Load(1, 4), 40, tmp_path
             )
 
     assert done.requests == 40

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from loadtests import perf_sweep, processes
+from loadtests.effort import Effort
 from loadtests.models import generate
-from loadtests.perf_sweep import TOOLS, WAYS, Run, SweepFailed, find, read, render, told_errors
+from loadtests.perf_sweep import THREADS, TOOLS, WAYS, Run, SweepFailed, find, read, render, told_errors
+from loadtests.table import LIMITED_NOTE
 
 needs_perf_analyzer = pytest.mark.skipif(
     (shutil.which("perf_analyzer") or shutil.which("perf_analyzer", path=TOOLS / "bin")) is None,
@@ -27,9 +29,10 @@ def test_every_way_in_is_swept_on_a_server_of_its_own(transport: str, capsys: py
     assert code == 0, out + err
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
     assert [(way, count) for way, count, *_ in rows] == [(way.title, n) for way in WAYS.values() for n in ("1", "3")]
-    for _, _, rate, p50_ms, p99_ms, errors in rows:
+    for _, _, rate, p50_ms, p99_ms, busy, errors in rows:
         assert float(rate.replace(",", "")) > 0
         assert 0 < float(p50_ms) <= float(p99_ms)
+        assert float(busy.rstrip("%†")) > 0
         assert errors == "0"
 
 
@@ -88,6 +91,16 @@ def test_errors_are_those_of_the_threads_or_else_the_last_line() -> None:
 def test_a_run_with_errors_has_no_figures_in_the_table() -> None:
     table = render([Run("gRPC", 1, 1234.5, 0.5, 2.25), Run("REST", 2, errors=("no", "nope"))])
     lines = table.splitlines()
-    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["gRPC", "1", "1,234", "0.50", "2.25", "0"]
-    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["REST", "2", "", "", "", "2"]
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["gRPC", "1", "1,234", "0.50", "2.25", "", "0"]
+    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["REST", "2", "", "", "", "", "2"]
     assert lines[4:] == ["REST, 2 in flight: no", "REST, 2 in flight: nope"]
+
+
+def test_a_run_whose_generator_was_the_limit_is_marked() -> None:
+    idle, busy = (Run("gRPC", 1, 1.0, 1.0, 1.0, effort=Effort(cpu_s, 0.1, 1.0, THREADS)) for cpu_s in (1.0, 1.8))
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")][5] for line in render([idle, busy]).splitlines()[2:4]
+    ]
+    assert cells == ["50%", "90%†"]
+    assert LIMITED_NOTE in render([busy])
+    assert LIMITED_NOTE not in render([idle])

@@ -11,7 +11,8 @@ from manager_fakes import FakeLoader, write
 
 from sluice_server.errors import BackendError, Internal, InvalidArgument, NotFound, Unavailable
 from sluice_server.repository.errors import ConfigError, ModelLoadError
-from sluice_server.repository.manager import UNEXPECTED, ControlMode, IndexEntry, Override
+from sluice_server.repository.manager import UNEXPECTED, ControlMode, Override
+from sluice_server.repository.table import IndexEntry
 from support.fakes import PATIENCE_S, eventually
 
 READY = [("1", "READY", "")]

@@ -9,8 +9,9 @@ from manager_fakes import write
 
 from sluice_server.errors import NotFound, Unavailable
 from sluice_server.repository.errors import ConfigError, ModelLoadError
-from sluice_server.repository.manager import ControlMode, IndexEntry
+from sluice_server.repository.manager import ControlMode
 from sluice_server.repository.poller import Poller
+from sluice_server.repository.table import IndexEntry
 from support import models
 from support.fakes import PATIENCE_S, eventually
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from sluice_server.observability import trace_file
+from sluice_server.observability import write_behind
 from sluice_server.observability.trace_file import TensorRecord, TraceFile, TraceRecord
 from support.fakes import PATIENCE_S, eventually
 
@@ -97,9 +97,9 @@ def test_a_disk_that_fails_is_told_once_and_costs_only_the_traces(tmp_path, capl
 
 def test_tensors_in_memory_are_bounded_and_what_is_lost_is_told(tmp_path, caplog):
     writer = TraceFile(tmp_path / "t")
-    half = np.zeros(trace_file.PENDING_BYTES_MAX // 2 + 1, np.uint8)
+    half = np.zeros(write_behind.PENDING_BYTES_MAX // 2 + 1, np.uint8)
     half.flags.writeable = False
-    writer._pending_bytes = half.nbytes  # as if one were being written
+    writer._pending.pending_bytes = half.nbytes  # as if one were being written
     writer.put(record(1, TensorRecord("TENSOR_QUEUE_INPUT", "I", half)), scope="", log_frequency=0)
     assert writer.close(PATIENCE_S)
     assert [line.getMessage() for line in caplog.records] == ["traces were lost: the disk could not follow"]

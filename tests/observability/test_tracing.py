@@ -188,7 +188,7 @@ def test_a_bad_tracestate_does_not_cost_the_parent_nor_a_log_line(
     assert caplog.records == []
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(st.one_of(st.text(), st.binary()), max_size=3), states=st.lists(st.text(), max_size=3))
 def test_no_metadata_breaks_a_request(
     quiet_tracer: Tracer, values: list[str | bytes], states: list[str | bytes]

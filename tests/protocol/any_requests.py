@@ -5,6 +5,7 @@ Whatever a request is, its outcome is an answer that is whole, or a refusal with
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -18,7 +19,7 @@ from support import models
 from support.requests import infer_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from sluice_proto.grpc_service_pb2 import ModelInferResponse
@@ -106,13 +107,19 @@ def requests(draw: st.DrawFn) -> ModelInferRequest:
     model = draw(st.sampled_from(list(VALID)))
     typed = draw(st.booleans()) and model != "half"
     request = infer_request(model, VALID[model](), request_id=draw(st.sampled_from(["", "7", "\u00e9"])), typed=typed)
-    for _ in range(draw(st.integers(0, MISTAKES_MAX))):
-        draw(st.sampled_from(CHANGES))(draw, request)
+    spoil(draw, request, VALID)
     return request
 
 
-def _change_names(draw: st.DrawFn, request: ModelInferRequest) -> None:
-    request.model_name = draw(st.sampled_from([*VALID, ""]))
+def spoil(draw: st.DrawFn, request: ModelInferRequest, model_names: Iterable[str]) -> None:
+    """Make up to MISTAKES_MAX changes to a request; one of them may send it to another of the models."""
+    changes = (functools.partial(_change_names, (*model_names, "")), *CHANGES)
+    for _ in range(draw(st.integers(0, MISTAKES_MAX))):
+        draw(st.sampled_from(changes))(draw, request)
+
+
+def _change_names(model_names: Sequence[str], draw: st.DrawFn, request: ModelInferRequest) -> None:
+    request.model_name = draw(st.sampled_from(model_names))
     request.model_version = draw(st.sampled_from(["", "1", "2", "-1", "x"]))
 
 
@@ -170,8 +177,8 @@ def _fill_contents(draw: st.DrawFn, request: ModelInferRequest) -> None:
 
 
 CHANGES = (
-    _change_names, _add_parameter, _add_output, _change_shape, _change_batch, _change_input, _change_count, _change_raw,
-    _replace_raw, _fill_contents,
+    _add_parameter, _add_output, _change_shape, _change_batch, _change_input, _change_count, _change_raw, _replace_raw,
+    _fill_contents,
 )  # fmt: skip
 
 

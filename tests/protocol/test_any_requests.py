@@ -18,7 +18,7 @@ def server(transport, tmp_path_factory):
         yield server
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(request=requests())
 def test_any_request_is_answered_or_refused(request, server):
     try:

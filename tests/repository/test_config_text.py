@@ -72,6 +72,12 @@ def test_a_mistake_in_the_text_is_told_with_its_place(text: str, line: int, colu
     assert what in str(error)
 
 
+@pytest.mark.parametrize("number", ["2222222222", "-2222222222", "2" * 93, "0xffffffffffffffffffff"])
+def test_a_number_of_an_enum_that_is_out_of_range_is_told(number: str) -> None:
+    with pytest.raises(ConfigError, match=r"pbtxt: the number of an enum's value: Value out of range: -?[12]"):
+        parse_text(f"input {{ data_type: {number} }}", "config.pbtxt")
+
+
 @given(st.text() | st.text(alphabet='{}[]:,"#-1 \n\\name input dims'))
 def test_any_text_is_read_or_refused_as_a_config_error(text: str) -> None:
     with contextlib.suppress(ConfigError):
@@ -143,6 +149,9 @@ def test_json_takes_both_spellings_of_names_numbers_as_strings_and_enums_by_name
         ('{"max_batch_size": true}', "max_batch_size"),
         ('{"max_batch_size": {}}', "max_batch_size"),
         ('{"name": 5}', "name"),
+        ('{"input": [{"data_type": 1e400}]}', "the number of an enum's value: cannot convert float infinity"),
+        ('{"input": [{"data_type": NaN}]}', "data_type"),
+        ('{"input": [{"data_type": 2222222222}]}', "data_type"),
         ('{"name": "\\ud800"}', "'\\ud800' is not Unicode text"),
         ('{"\\ud800": 1}', "'\\ud800' is not Unicode text"),
         ('{"input": [{"data_type": "TYPE_\\udfff"}]}', "'TYPE_\\udfff' is not Unicode text"),

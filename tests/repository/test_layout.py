@@ -108,7 +108,7 @@ def test_a_model_name_never_leaves_the_repository(tmp_path: Path, name: str) -> 
 
 
 def test_an_empty_or_absurdly_long_model_name_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="model name cannot be empty"):
+    with pytest.raises(InvalidArgument, match="Model name cannot be empty"):
         Repositories([tmp_path]).find("")
     with pytest.raises(ConfigError, match="is in no model repository"):
         Repositories([tmp_path]).find("m" * 5000)

@@ -128,7 +128,7 @@ def test_only_the_outputs_that_are_asked_for_are_cut(server):
     np.testing.assert_allclose(answer["MEAN"], alone(server, words(5))["MEAN"], rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kinds=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 3)), min_size=1, max_size=6))
 def test_any_mix_of_lengths_and_rows_gives_each_what_it_gets_alone(server, kinds):
     arrays = [words(length, rows, seed) for seed, (length, rows) in enumerate(kinds)]

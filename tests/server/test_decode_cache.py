@@ -64,7 +64,7 @@ def message_of(size: int = 3, *, rows: int = 1, value: float = 0.5, name: str = 
 # --- Hypothesis
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(kin(), min_size=1, max_size=4))
 def test_any_message_has_the_same_outcome_whatever_was_learned_before(pairs):
     cache = DecodeCache(learning_stride=1)
@@ -74,7 +74,6 @@ def test_any_message_has_the_same_outcome_whatever_was_learned_before(pairs):
             check_same(cache, relative)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(0, 4), ids, ids, st.booleans(), st.sampled_from([0, 7, 1000]), st.binary())
 def test_what_differs_in_id_and_tensors_alone_is_known(rows, size, first_id, second_id, asks, timeout_us, data):
     details = {"outputs": ("Z", "Y") if asks else (), "parameters": {"timeout": timeout_us} if timeout_us else {}}

@@ -110,7 +110,7 @@ def test_the_model_gets_them_all(server):
     assert [answer_arrays(call.result())["COUNTS"].tolist() for call in calls] == [[[12, 12]], [[10, 16]]]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6))
 def test_any_mix_of_shapes_gives_each_request_what_it_gets_alone(server, shapes):
     arrays = [numbers(*shape) for shape in shapes]

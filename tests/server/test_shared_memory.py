@@ -447,7 +447,7 @@ places = st.fixed_dictionaries(
 HONEST = {Code.OK, Code.INVALID_ARGUMENT, Code.NOT_FOUND}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     model=st.sampled_from(["simple", "text", "any"]),
     inputs=st.lists(places, min_size=1, max_size=2),

@@ -86,7 +86,7 @@ def test_its_parts_share_batches_with_other_requests(server):
     assert counted(server) == (3, 0, 9, 3)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kinds=st.lists(st.tuples(st.integers(1, 11), st.sampled_from(["", "id"])), min_size=1, max_size=3),
     words=st.lists(st.binary(max_size=5), min_size=1, max_size=12),

@@ -64,12 +64,12 @@ def need(transport: str) -> None:
 
 
 class RunningServer:
-    """A server that has started, and one channel to it."""
+    """A server that has started, and one channel to it: straight, or the one that is given, through a proxy."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, channel: grpc.Channel | None = None) -> None:
         self.server = server
         self.target = server.transport.endpoints[0]
-        self.channel = grpc.insecure_channel(self.target, CHANNEL_OPTIONS)
+        self.channel = channel or grpc.insecure_channel(self.target, CHANNEL_OPTIONS)
         self._callables = {method.name: self._callable(method) for method in SERVICE.methods}
 
     def _callable(self, method: Any) -> Any:

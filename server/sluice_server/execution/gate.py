@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from sluice_batching import BatchQueue
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sluice_batching import BatchingError, QueuePolicy
     from sluice_server.execution.request import InferRequest
 
@@ -23,11 +26,11 @@ class Gate:
 
     __slots__ = ("_free", "_lock", "queue")
 
-    def __init__(self, places: int, policy: QueuePolicy) -> None:
-        """`policy` bounds what waits; it merges nothing."""
+    def __init__(self, places: int, policy: QueuePolicy, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        """`policy` bounds what waits; it merges nothing. `clock` is that of the deadlines, in ns."""
         self._free = places
         self._lock = threading.Lock()
-        self.queue: BatchQueue[InferRequest] = BatchQueue(policy)
+        self.queue: BatchQueue[InferRequest] = BatchQueue(policy, clock)
 
     def __repr__(self) -> str:
         return f"<Gate {self._free} free, {self.queue!r}>"

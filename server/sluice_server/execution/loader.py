@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sluice_batching import BatchQueue, QueuePolicy, RateLimiter, RunTimes, SequencePolicy, SequenceQueue, SloTuner
 from sluice_proto.model_config_pb2 import ModelInstanceGroup
 from sluice_server.execution import batch_curve, curve_cache, runtime
+from sluice_server.execution.anticipating import AnticipatingInstance, anticipation_of
 from sluice_server.execution.batch_curve import BatchCurve, CurveOptions
 from sluice_server.execution.batch_proof import Verdict, proof_options, prove
 from sluice_server.execution.bucket_options import read_buckets
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from sluice_batching import ExpiryTimer
+    from sluice_batching import Anticipation, ExpiryTimer
     from sluice_proto.model_config_pb2 import ModelConfig, ModelRateLimiter
     from sluice_server.execution.batch_proof import BatchProof
     from sluice_server.execution.buckets import Buckets
@@ -340,8 +341,11 @@ class ModelLoader:
         make_model, queue, runner = self._scheduling(prepared, interface, statistics, run_times, cache)
         if isinstance(run_times, SloTuner):
             run_times.steer(queue.tune)
+        is_alone = sum(group.threads.instances for group in prepared.groups) == 1
+        waits = is_alone and prepared.merges and not isinstance(run_times, SloTuner)
+        anticipation = anticipation_of(prepared.curve, queue.policy) if waits else None
         instances = [
-            self._instance(f"{completed.name}-{number}", queue, group, number, runner)
+            self._instance(f"{completed.name}-{number}", queue, group, number, runner, anticipation)
             for group in prepared.groups
             for number in range(group.threads.instances)
         ]
@@ -416,12 +420,20 @@ class ModelLoader:
         return ServedModel, queue, BatchRunner(encoder, statistics, self._to_status, **seams)
 
     def _instance(
-        self, name: str, queue: BatchQueue[InferRequest], group: DeviceGroup, number: int, runner: BatchRunner
+        self,
+        name: str,
+        queue: BatchQueue[InferRequest],
+        group: DeviceGroup,
+        number: int,
+        runner: BatchRunner,
+        anticipation: Anticipation | None,
     ) -> Instance:
         if self._limiter is not None:
             claim = claim_of(group.limits[number], group.device, self._limiter, name.rpartition("-")[0])
             if claim is not None:
                 return LimitedInstance(name, queue, group.session, runner, self._limiter, claim)
+        if anticipation is not None:
+            return AnticipatingInstance(name, queue, group.session, runner, anticipation)
         return Instance(name, queue, group.session, runner)
 
     def _load_ensemble(

@@ -1,17 +1,18 @@
-"""The ASGI front: reads requests whole within bounds, makes exchanges of them, and sends their answers.
+"""The HTTP front: reads requests whole within bounds, makes exchanges of them, and sends their answers.
 
-One coroutine serves each request: it reads the body, has the exchange taken, and waits for the answer or for the client
-to leave. ASGI tells of the latter only who goes on receiving, which would take a second task for each request: the
-connection tells it instead, and closes itself when a body does not come. Answers come from any thread; the first of a
-batch wakes the event loop, the others ride along.
+It stands where uvicorn has an ASGI application, and takes requests from the connection as they are parsed: no task, no
+messages and no copies in between, which cost more than all that is done for a small request here. Everything happens on
+the event loop, but for (de)compressing large bodies. Answers come from any thread; the first of a batch wakes the event
+loop, the others ride along.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sluice_server.errors import ResourceExhausted
 from sluice_server.http import body
@@ -19,14 +20,10 @@ from sluice_server.observability.metrics import CONTENT_TYPE
 from sluice_server.protocol.rest import Exchange, HttpAnswer, plain_error, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
+    from collections.abc import Callable
 
-    from sluice_server.http.connection import HttpConnection, OneWrite
+    from sluice_server.http.connection import Reply
     from sluice_server.status import StatusMapper
-
-    Scope = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-    Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 SCRAPE_BYTES_MAX = 1 << 20
 """A scrape has no body; some clients send one all the same."""
@@ -36,9 +33,6 @@ HELD_BYTES_MAX = 2 << 30
 
 INLINE_BYTES_MAX = 256 << 10
 """Up to this size (de)compressing takes a few milliseconds at most; larger bodies go to a thread, off the loop."""
-
-JOINED_BYTES_MAX = 64 << 10
-"""Up to this size an answer is sent as one piece: copying it costs less than another round through the front."""
 
 
 class Handler(Protocol):
@@ -52,96 +46,174 @@ class Handler(Protocol):
 
 
 class HttpExchange(Exchange):
-    """One request in progress on the event loop."""
+    """One request in progress on the event loop: its body as it comes, and its answer.
 
-    __slots__ = ("_front", "answered", "held_bytes")
+    `feed`, `complete` and `leave` are for the connection; none of them raises.
+    """
 
-    def __init__(self, front: HttpFront, scope: Scope, headers: dict[str, str]) -> None:
+    __slots__ = ("_front", "_held_bytes", "_is_over", "_pieces", "_reply")
+
+    def __init__(self, front: HttpFront, reply: Reply) -> None:
+        scope = reply.scope
         self.verb = scope["method"]
         self.path = scope["raw_path"].decode("ascii")
-        self.headers = headers
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.body = b""
         host, port = scope["client"] or ("", 0)
         self.peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
         self.received_ns = 0
         self.left = None
-        self.held_bytes = 0
-        self.answered: asyncio.Future[HttpAnswer | None] = front.loop.create_future()
         self._front = front
+        self._reply = reply
+        self._pieces: list[bytes] = []
+        self._held_bytes = 0
+        self._is_over = False
+
+    def begin(self) -> None:
+        """Refuse a body that is announced as too large, or have it sent."""
+        length = self.headers.get("content-length", "")
+        limit_bytes = self._front.max_input_bytes
+        if length.isdecimal() and int(length) > limit_bytes:
+            self._refuse(body.too_large(f"of {length}", limit_bytes))
+        else:
+            self._reply.go_on()
+
+    def feed(self, piece: bytes) -> None:
+        """A piece of the body has come."""
+        if self._is_over:
+            return
+        self._pieces.append(piece)
+        try:
+            self._hold(len(piece))
+            limit_bytes = self._front.max_input_bytes
+            if self._held_bytes > limit_bytes:
+                raise body.too_large(f"of more than {limit_bytes}", limit_bytes)
+        except Exception as error:
+            self._refuse(error)
+
+    def complete(self) -> None:
+        """The body is whole: it is inflated, and the request is taken."""
+        if self._is_over:
+            return
+        whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        encoding = self.headers.get("content-encoding")
+        if encoding is None:
+            self._take(whole)
+        else:
+            inflate = functools.partial(body.inflate, encoding, whole, self._front.max_input_bytes)
+            self._apart(inflate, len(whole), self._inflated)
+
+    def _inflated(self, whole: bytes) -> None:
+        self._hold(len(whole))
+        self._take(whole)
+
+    def _take(self, whole: bytes) -> None:
+        self.body = whole
+        self.received_ns = time.monotonic_ns()
+        try:
+            self._front.take(self)
+        except Exception as error:
+            self._refuse(error)
 
     def answer(self, answer: HttpAnswer) -> None:
         """Have the answer sent, unless the client has left."""
-        if not self.answered.done():
-            self.answered.set_result(answer)
+        if self._is_over:
+            return
+        accept = self.headers.get("accept-encoding") if answer.compressible else None
+        encoding = None if accept is None else body.choose_encoding(accept)
+        if encoding is None:
+            self._send(answer)
+            return
+        size_bytes = sum(map(len, answer.parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
+        headers = (*answer.headers, ("content-encoding", encoding))
+        deflate = functools.partial(body.deflate, encoding, answer.parts)
+        self._apart(deflate, size_bytes, lambda packed: self._send(HttpAnswer(answer.status, headers, (packed,))))
 
     def leave(self) -> None:
         """The client has left."""
-        if not self.answered.done():
-            self.answered.set_result(None)
+        if self._is_over:
+            return
+        self._end()
+        if self.left is not None:
+            self.left()
 
     def resume(self, step: Callable[[], None]) -> None:
         """Have a step called on the event loop; from any thread."""
         self._front.post(step)
 
-    async def send(self, answer: HttpAnswer, send: Send, output: OneWrite) -> None:
-        """Send the answer, compressed as the client wants it."""
-        parts = answer.parts
-        headers = [(name.encode(), value.encode("latin-1")) for name, value in answer.headers]
-        size_bytes = sum(map(len, parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
-        encoding = body.choose_encoding(self.headers.get("accept-encoding", "")) if answer.compressible else None
-        if encoding is not None:
-            if size_bytes > INLINE_BYTES_MAX:
-                packed = await asyncio.to_thread(body.deflate, encoding, parts)
-            else:
-                packed = body.deflate(encoding, parts)
-            parts, size_bytes = (packed,), len(packed)
-            headers.append((b"content-encoding", encoding.encode()))
-        headers.append((b"content-length", b"%d" % size_bytes))
-        start = {"type": "http.response.start", "status": answer.status, "headers": headers}
-        if size_bytes <= JOINED_BYTES_MAX:
-            output.keep()
-            try:
-                await send(start)
-                await send({"type": "http.response.body", "body": b"".join(parts), "more_body": False})
-            finally:
-                output.flush()
+    def _apart(self, work: Callable[[], bytes], size_bytes: int, then: Callable[[bytes], None]) -> None:
+        """Do some work on so many bytes, on a thread if they are many, and go on with what it gives."""
+        if size_bytes <= INLINE_BYTES_MAX:
+            self._go_on(work, then)
             return
-        await send(start)
-        for piece in parts[:-1]:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": parts[-1], "more_body": False})
+        done = self._front.loop.run_in_executor(None, work)
+        done.add_done_callback(lambda done: self._go_on(done.result, then))
+
+    def _go_on(self, work: Callable[[], bytes], then: Callable[[bytes], None]) -> None:
+        try:
+            result = work()
+            if not self._is_over:
+                then(result)
+        except Exception as error:
+            self._refuse(error)
+
+    def _hold(self, size_bytes: int) -> None:
+        self._held_bytes += size_bytes
+        self._front.hold(size_bytes)
+
+    def _refuse(self, error: Exception) -> None:
+        if not self._is_over:
+            self._send(refusal(self._front.to_status(error)))
+
+    def _send(self, answer: HttpAnswer) -> None:
+        self._end()
+        self._reply.send(answer)
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._pieces.clear()
+        self.body = b""
+        self._front.hold(-self._held_bytes)
 
 
 class HttpFront:
-    """An ASGI application that gives every request to a handler."""
+    """Gives every request to a handler."""
 
     def __init__(self, handler: Handler, to_status: StatusMapper, max_input_bytes: int = SCRAPE_BYTES_MAX) -> None:
+        self.max_input_bytes = max_input_bytes
+        self.to_status = to_status
         self._handler = handler
-        self._to_status = to_status
-        self._max_input_bytes = max_input_bytes
         self._held_bytes = 0
         self._flush_is_due = False
         self._steps: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_is_due = False
         self.loop: asyncio.AbstractEventLoop
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        self.loop = asyncio.get_running_loop()
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        exchange = HttpExchange(self, scope, headers)
-        connection: HttpConnection = scope["connection"]
-        connection.on_lost = exchange.leave
-        try:
-            await self._receive(exchange, receive)
-            answer = await exchange.answered
-            if answer is not None:
-                await exchange.send(answer, send, connection.output)
-        finally:
-            connection.on_lost = None
-            self._held_bytes -= exchange.held_bytes
-            if exchange.left is not None:
-                exchange.left()
+    def begin(self, reply: Reply) -> HttpExchange:
+        """A request whose head has come; on the event loop."""
+        self.loop = reply.loop
+        exchange = HttpExchange(self, reply)
+        exchange.begin()
+        return exchange
+
+    def hold(self, size_bytes: int) -> None:
+        """Count bytes of bodies in memory, or, below 0, no longer there; ResourceExhausted when they are too many."""
+        self._held_bytes += size_bytes
+        if self._held_bytes > HELD_BYTES_MAX and size_bytes > 0:
+            raise ResourceExhausted(f"the bodies of all requests together have more than {HELD_BYTES_MAX} bytes")
+
+    def take(self, exchange: HttpExchange) -> None:
+        """Have the handler take an exchange, and flush when all that came with it has been taken."""
+        self._handler.take(exchange)
+        if not self._flush_is_due:
+            # At the end of this turn of the loop, with whatever arrives in the rest of it.
+            self._flush_is_due = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        self._handler.flush()
 
     def post(self, step: Callable[[], None]) -> None:
         """Have a step called on the event loop; from any thread."""
@@ -160,65 +232,6 @@ class HttpFront:
         self._wake_is_due = False
         while self._steps:
             self._steps.popleft()()
-
-    async def _receive(self, exchange: HttpExchange, receive: Receive) -> None:
-        try:
-            is_whole = await self._read(exchange, receive)
-        except Exception as error:
-            exchange.answer(refusal(self._to_status(error)))
-            return
-        if is_whole:
-            exchange.received_ns = time.monotonic_ns()
-            self._take(exchange)
-
-    async def _read(self, exchange: HttpExchange, receive: Receive) -> bool:
-        """Read the body; False when the client left meanwhile."""
-        limit_bytes = self._max_input_bytes
-        length = exchange.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limit_bytes:
-            raise body.too_large(f"of {length}", limit_bytes)
-        pieces: list[bytes] = []
-        size_bytes = 0
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                exchange.leave()
-                return False
-            piece = message.get("body", b"")
-            more = message.get("more_body", False)
-            pieces.append(piece)
-            size_bytes += len(piece)
-            if size_bytes > limit_bytes:
-                raise body.too_large(f"of more than {limit_bytes}", limit_bytes)
-            self._hold(exchange, len(piece))
-        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        encoding = exchange.headers.get("content-encoding")
-        if encoding is not None:
-            if size_bytes > INLINE_BYTES_MAX:
-                whole = await asyncio.to_thread(body.inflate, encoding, whole, limit_bytes)
-            else:
-                whole = body.inflate(encoding, whole, limit_bytes)
-            self._hold(exchange, len(whole))
-        exchange.body = whole
-        return True
-
-    def _hold(self, exchange: HttpExchange, size_bytes: int) -> None:
-        self._held_bytes += size_bytes
-        exchange.held_bytes += size_bytes
-        if self._held_bytes > HELD_BYTES_MAX:
-            raise ResourceExhausted(f"the bodies of all requests together have more than {HELD_BYTES_MAX} bytes")
-
-    def _take(self, exchange: HttpExchange) -> None:
-        self._handler.take(exchange)
-        if not self._flush_is_due:
-            # At the end of this turn of the loop, with whatever arrives in the rest of it.
-            self._flush_is_due = True
-            self.loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flush_is_due = False
-        self._handler.flush()
 
 
 class Metrics:

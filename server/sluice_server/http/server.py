@@ -38,7 +38,7 @@ class HttpListener:
         self.port = port
         self.socket: socket.socket | None = None
         config = uvicorn.Config(
-            app,
+            app,  # type: ignore[arg-type] # HttpConnection knows what it is
             http=HttpConnection,
             ws="none",
             interface="asgi3",
@@ -66,6 +66,9 @@ class HttpListener:
     async def serve(self) -> None:
         """Answer until `server.should_exit`."""
         await self.server.serve(sockets=None if self.socket is None else [self.socket])
+        for connection in list(self.server.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # until they have heard of it, and let go what they wait for
 
     def close(self) -> None:
         """Give the port back."""

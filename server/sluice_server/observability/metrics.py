@@ -7,6 +7,7 @@ Triton does not tell.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from sluice_server.observability.capture import CaptureUsage
 from sluice_server.observability.exposition import Family, Sample, write_family
 from sluice_server.observability.host import HostUsage
 from sluice_server.observability.latencies import HISTOGRAM_MS, MEASURED, LatencyOptions, LatencySnapshot
@@ -66,13 +67,14 @@ class ServerMetrics:
 
     `rpcs` counts ended calls by code and method (`/service/method`). The methods must be the server's own, never text
     that a client sent, as each becomes a series. `host` is None where there is no /proc, `cache` where the server has
-    no response cache.
+    no response cache, `capture` where it captures no requests.
     """
 
     version: str
     rpcs: Mapping[tuple[str, Code], int]
     host: HostUsage | None
     cache: CacheUsage | None = None
+    capture: CaptureUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,20 @@ def _cache_usage(read: Callable[[CacheUsage], int]) -> Callable[[ServerMetrics],
             yield Sample(read(server.cache))
 
     return samples
+
+
+def _capture_usage(read: Callable[[CaptureUsage], int]) -> Callable[[ServerMetrics], Iterator[Sample]]:
+    def samples(server: ServerMetrics) -> Iterator[Sample]:
+        if server.capture is not None:
+            yield Sample(read(server.capture))
+
+    return samples
+
+
+def _left_out(server: ServerMetrics) -> Iterator[Sample]:
+    if server.capture is not None:
+        for reason, count in server.capture.left_out.items():
+            yield Sample(count, (("reason", reason),))
 
 
 def _summary(what: str) -> Callable[[ModelMetrics], Iterator[Sample]]:
@@ -386,6 +402,30 @@ _SERVER_FAMILIES = (
         "counter",
         "Answers that left the response cache for want of room",
         _cache_usage(lambda cache: cache.evictions),
+    ),
+    _ServerFamily(
+        "sluice_capture_requests_total",
+        "counter",
+        "Requests in the capture file",
+        _capture_usage(lambda capture: capture.requests),
+    ),
+    _ServerFamily(
+        "sluice_capture_left_out_total",
+        "counter",
+        "Requests that were chosen for the capture file and are not in it, by reason",
+        _left_out,
+    ),
+    _ServerFamily(
+        "sluice_capture_bytes",
+        "gauge",
+        "Bytes of the capture file",
+        _capture_usage(lambda capture: capture.size_bytes),
+    ),
+    _ServerFamily(
+        "sluice_capture_stopped",
+        "gauge",
+        "1 once capturing has ended: the file is full, or the disk fails",
+        _capture_usage(lambda capture: int(capture.stopped)),
     ),
     _ServerFamily("sluice_rpcs_total", "counter", "Calls and streams that ended, by method and gRPC code", _rpcs),
     _ServerFamily("sluice_build_info", "gauge", "Always 1; the labels tell what runs", _build_info),

@@ -17,27 +17,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
-import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sluice_proto.tensors import of_array
+from sluice_server.observability.write_behind import WriteBehind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
     import numpy as np
 
 logger = logging.getLogger(__name__)
-
-PENDING_MAX = 4096
-"""Traces that wait for the disk; further ones are lost, as a disk that stands must not hold requests up."""
-
-PENDING_BYTES_MAX = 64 << 20
-"""Bytes of the tensors and parameters in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,57 +114,37 @@ class TraceFile:
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK) or path.is_dir():
             raise OSError(f"no trace file can be made at '{path}'")
         self._path = path
-        self._pending: queue.Queue[tuple[TraceRecord, str, int] | None] = queue.Queue(PENDING_MAX)
-        self._lock = threading.Lock()
-        self._pending_bytes = self.lost = 0
         self._whole: _Document | None = None
         self._numbered: dict[str, tuple[int, _Document]] = {}
         self._next_number = 0
         self._failing = False
-        self._thread = threading.Thread(target=self._write_all, name="trace-file", daemon=True)
-        self._thread.start()
+        self._pending = WriteBehind("trace-file", self._write_records, self._end)
 
     def put(self, record: TraceRecord, *, scope: str, log_frequency: int) -> None:
         """Have a trace written; with a frequency, to the file that is being filled by the settings of `scope`."""
-        size_bytes = record.size_bytes
-        with self._lock:
-            # One is always taken, so that a request larger than the bound can be traced at all.
-            if self._pending_bytes and self._pending_bytes + size_bytes > PENDING_BYTES_MAX:
-                self.lost += 1
-                return
-            self._pending_bytes += size_bytes
-        try:
-            self._pending.put_nowait((record, scope, log_frequency))
-        except queue.Full:
-            with self._lock:
-                self._pending_bytes -= size_bytes
-                self.lost += 1
+        self._pending.put((record, scope, log_frequency), record.size_bytes)
 
     def close(self, timeout_s: float) -> bool:
         """Write what is left and end; False when that took longer."""
-        try:
-            self._pending.put(None, timeout=timeout_s)
-        except queue.Full:
-            return False
-        self._thread.join(timeout_s)
-        if self.lost:
-            logger.warning("traces were lost: the disk could not follow", extra={"traces": self.lost})
-        return not self._thread.is_alive()
+        ended = self._pending.close(timeout_s)
+        if self._pending.lost:
+            logger.warning("traces were lost: the disk could not follow", extra={"traces": self._pending.lost})
+        return ended
 
-    def _write_all(self) -> None:
-        while (item := self._pending.get()) is not None:
-            record, scope, log_frequency = item
-            try:
-                self._write(record.encode(), scope, log_frequency)
-                self._failing = False
-            except OSError as error:
-                if not self._failing:  # told once, and again after it went well in between
-                    logger.error("traces cannot be written", extra={"file": str(self._path), "reason": str(error)})
-                self._failing = True
-            with self._lock:
-                self._pending_bytes -= record.size_bytes
-            # Tensors must not stay alive while this thread waits.
-            del item, record
+    def _write_records(self, items: Sequence[tuple[TraceRecord, str, int]]) -> None:
+        for item in items:
+            self._write_record(*item)
+
+    def _write_record(self, record: TraceRecord, scope: str, log_frequency: int) -> None:
+        try:
+            self._write(record.encode(), scope, log_frequency)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:  # told once, and again after it went well in between
+                logger.error("traces cannot be written", extra={"file": str(self._path), "reason": str(error)})
+            self._failing = True
+
+    def _end(self) -> None:
         for document in (self._whole, *(document for _, document in self._numbered.values())):
             if document is not None:
                 document.close()

@@ -181,6 +181,7 @@ class Rest:
         self._routes = rest_routes.routes()
         self._description = rest_json.dumps(describe(version, self._routes.routes))
         self._requests = rest_infer.InferRequests()
+        self._answers = rest_infer.InferAnswers()
         self._taken: list[Call] = []
         self._outcomes: collections.Counter[tuple[str, Code]] = collections.Counter()
         self._stopping = False
@@ -235,7 +236,7 @@ class Rest:
         try:
             if endpoint is rest_routes.INFER:
                 message, forms = self._read(exchange, names)
-                call = RestCall(self, exchange, rpc, message, partial(_render_inference, forms), endpoint)
+                call = RestCall(self, exchange, rpc, message, partial(self._render_inference, forms), endpoint)
             else:
                 message = endpoint.request(names, exchange.body).SerializeToString()
                 call = RestCall(self, exchange, rpc, message, partial(_render, endpoint), endpoint)
@@ -257,17 +258,16 @@ class Rest:
             model.statistics.record_refused(Outcome.INVALID)
             raise
 
+    def _render_inference(self, forms: OutputForms, parts: Sequence[Buffer]) -> HttpAnswer:
+        head, tensors, is_binary = self._answers.write(parts, forms)
+        headers = (_BINARY, (HEAD_LENGTH, str(len(head)))) if is_binary else (_JSON,)
+        return HttpAnswer(200, headers, (head, *tensors), compressible=True)
+
 
 def _render(endpoint: Endpoint, parts: Sequence[Buffer]) -> HttpAnswer:
     assert endpoint.response is not None
     status, value = endpoint.answer(endpoint.response.FromString(b"".join(parts)))
     return HttpAnswer(status) if value is rest_routes.EMPTY else HttpAnswer(status, (_JSON,), (rest_json.dumps(value),))
-
-
-def _render_inference(forms: OutputForms, parts: Sequence[Buffer]) -> HttpAnswer:
-    head, tensors, is_binary = rest_infer.write(parts, forms)
-    headers = (_BINARY, (HEAD_LENGTH, str(len(head)))) if is_binary else (_JSON,)
-    return HttpAnswer(200, headers, (head, *tensors), compressible=True)
 
 
 def _wrong_verb(route: Route) -> HttpAnswer:

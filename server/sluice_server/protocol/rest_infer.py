@@ -2,12 +2,15 @@
 
 The request becomes the very bytes that a gRPC client would have sent, so that every check, the queue and the statistics
 are the same; here is only what JSON and the binary tensor extension add (compatibility, section 17). Knows nothing of
-HTTP but one header. Heads of requests whose tensors are all binary repeat, and are remembered with what they became.
+HTTP but one header. Heads of requests and of answers whose tensors are all binary repeat, and are remembered with what
+they became.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
+from operator import ne
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -48,6 +51,11 @@ class OutputForms(NamedTuple):
     others_binary: bool
     in_memory: frozenset[str]
     """Outputs whose data the client finds in shared memory."""
+
+    @property
+    def all_binary(self) -> bool:
+        """Whether every output is to be binary."""
+        return (all(self.by_name.values()) if self.by_name else self.others_binary) and not self.in_memory
 
 
 class InferAnswer(NamedTuple):
@@ -313,8 +321,50 @@ def _read_raw(interface: ModelInterface, version: str, body: bytes) -> tuple[byt
     return message.SerializeToString(), OutputForms({}, others_binary=True, in_memory=frozenset())
 
 
-def write(parts: Sequence[Buffer], forms: OutputForms) -> InferAnswer:
-    """The body of an answer from the parts of its ModelInferResponse."""
+class InferAnswers:
+    """Makes bodies of answers. For one thread: the front's.
+
+    The JSON of answers whose tensors are all binary repeats, and is remembered by the parts that are no tensors.
+    """
+
+    def __init__(self) -> None:
+        self._heads: dict[tuple[bytes, tuple[int, ...]], bytes] = {}
+
+    def write(self, parts: Sequence[Buffer], forms: OutputForms) -> InferAnswer:
+        """The body of an answer from the parts of its ModelInferResponse."""
+        cut = cut_raws(parts) if forms.all_binary else None
+        if cut is None:
+            return _write(parts, forms)
+        known = self._heads.get(cut)
+        if known is not None:
+            return InferAnswer(known, parts[2::2], is_binary=True)
+        answer = _write(parts, forms)
+        if len(answer.tensors) == len(cut[1]):  # else the first part has some of them in it
+            if len(self._heads) >= HEADS_MAX:
+                self._heads.clear()
+            self._heads[cut] = answer.head
+        return answer
+
+
+def cut_raws(parts: Sequence[Buffer]) -> tuple[bytes, tuple[int, ...]] | None:
+    """The first part of an answer and the sizes of its raw tensors, where the others are those, each behind its prefix.
+
+    None of any other parts, also those of an answer with an id; where there are no tensors; and of a large first part.
+    """
+    head = parts[0]
+    if type(head) is not bytes or len(parts) < 3 or len(head) > HEAD_BYTES_MAX:
+        return None
+    sizes = tuple(map(len, parts[2::2]))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
+    prefixes = parts[1::2]
+    if len(prefixes) != len(sizes) or any(map(ne, prefixes, map(_raw_prefix, sizes))):
+        return None
+    return head, sizes
+
+
+_raw_prefix = partial(wire.length_delimited, _RAW_OUTPUT)
+
+
+def _write(parts: Sequence[Buffer], forms: OutputForms) -> InferAnswer:
     data = b"".join(parts)
     raws: Any
     if len(data) < wire.SPLIT_BYTES_MIN:

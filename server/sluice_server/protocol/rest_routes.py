@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import urllib.parse
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +21,20 @@ from sluice_server.protocol.rest_json import MalformedJson, member, optional, to
 from sluice_server.status import Code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from google.protobuf.message import Message
 
 NOT_READY = 400
 """What Triton answers for live, ready and model ready when the answer is no."""
 
-Names = dict[str, str]
+PATHS_MAX = 1024
+"""Paths that are kept with what they name: those in use are few."""
+
+PATH_LENGTH_MAX = 256
+"""Of those. With PATHS_MAX it bounds what strangers can have kept."""
+
+Names = Mapping[str, str]
 """The names that a path holds: `model`, `version`, `region`; those that it lacks are not in it."""
 
 
@@ -73,9 +81,13 @@ class Routes:
         self._by_length: dict[int, list[Route]] = {}
         for route in routes:
             self._by_length.setdefault(len(route.segments), []).append(route)
+        self._find_again = functools.lru_cache(PATHS_MAX)(self._find)
 
     def find(self, path: str) -> tuple[Route, Names] | None:
         """The route of a path as it was sent, percent-encoded and without a query; None when there is none."""
+        return self._find_again(path) if len(path) <= PATH_LENGTH_MAX else self._find(path)
+
+    def _find(self, path: str) -> tuple[Route, Names] | None:
         segments = path.split("/")[1:]
         for route in self._by_length.get(len(segments), ()):
             names = _match(route.segments, segments)

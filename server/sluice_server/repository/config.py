@@ -62,6 +62,8 @@ def parse_text(text: str, source: str) -> ModelConfig:
         line, column = error.GetLine(), error.GetColumn()
         what = _own_words(str(error).removeprefix(f"{line}:{column} : "))
         raise ConfigError(what, source=source, line=line, column=column) from error
+    except ValueError as error:  # of an enum's number that 32 bits do not hold; protobuf does not say where it is
+        raise ConfigError(f"the number of an enum's value: {error}", source=source) from error
     return config
 
 
@@ -87,6 +89,8 @@ def parse_json(text: str) -> ModelConfig:
         json_format.ParseDict(tree, config, descriptor_pool=POOL)
     except json_format.ParseError as error:
         raise ConfigError(str(error).rstrip("."), source=CONFIG_OVERRIDE) from error
+    except (OverflowError, ValueError) as error:  # of an enum's number too; protobuf does not say where it is
+        raise ConfigError(f"the number of an enum's value: {error}", source=CONFIG_OVERRIDE) from error
     return config
 
 

@@ -125,7 +125,7 @@ def fingerprint(path: Path) -> Fingerprint:
 def check_model_name(name: str) -> None:
     """Raise InvalidArgument for a name that is empty or would lead to another directory."""
     if not name:
-        raise InvalidArgument("model name cannot be empty")
+        raise InvalidArgument("Model name cannot be empty. Please enter a valid name to deploy.")
     if name in (".", "..") or any(character in name for character in "/\\\0"):
         raise InvalidArgument(f"model name must not contain path traversal characters, got {name!r}")
 

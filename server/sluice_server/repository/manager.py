@@ -1,10 +1,7 @@
-"""Which model versions are served: loading, swapping, unloading, and what RepositoryIndex says of each.
+"""Which model versions are served: loading, reloading, unloading, and following what changes on disk.
 
-States of a version: LOADING -> READY -> UNLOADING -> UNAVAILABLE("unloaded"), or LOADING -> UNAVAILABLE(reason). A
-version that is ready has a reason too when it does not do all that its configuration says: its `notice`.
-A loaded model is replaced by loading the new one beside the old and swapping the two in one assignment; the old one
-then drains, so that no request is lost. When the new one fails, the old one goes on. A version of which nothing has
-changed on disk is kept as it is.
+A loaded model is replaced by loading the new one beside the old and swapping the two. When the new one fails, the old
+one goes on. A version of which nothing has changed on disk is kept as it is.
 
 Mode poll: `poll` is one look at the repositories. A model that is new, changed or gone is loaded or unloaded once two
 looks in a row have found the same, so that what is being copied is left alone; one that fails is tried again when it
@@ -12,12 +9,10 @@ has changed again.
 
 Ensembles: one is bound to the versions of its parts that are served when it is loaded, and loaded anew from the same
 configuration whenever those of a part have changed: so it goes when a part goes, comes back with it, and is checked
-against each new one. A version that was replaced is drained only when every ensemble on it has answered its requests.
+against each new one.
 
-Locks: `_Entry.loading` serialises loads and unloads of one model and is held for as long as they take, never with
-that of another model; `ModelManager._lock` guards the table of entries, and who is bound to whom, and is held for
-look-ups and assignments only. `_served` is replaced as a whole and never changed, so `find` reads it without a lock.
-`poll` is for one thread.
+Locks: `Entry.loading` serialises loads and unloads of one model and is held for as long as they take, never with that
+of another model; the table has its own (`table.py`). `poll` is for one thread.
 """
 
 from __future__ import annotations
@@ -25,22 +20,19 @@ from __future__ import annotations
 import enum
 import logging
 import tempfile
-import threading
-import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from sluice_server.errors import Internal, InvalidArgument, NotFound, SluiceError, Unavailable
-from sluice_server.repository.autocomplete import normalize
+from sluice_server.errors import Internal, InvalidArgument, SluiceError, Unavailable
 from sluice_server.repository.config import parse_json, read_config
-from sluice_server.repository.ensembles import check_uploaded, is_ensemble, part_names, version_of
+from sluice_server.repository.ensembles import check_uploaded, part_names
 from sluice_server.repository.errors import ConfigError, ModelLoadError
 from sluice_server.repository.layout import write_override
-from sluice_server.repository.parts import Dependencies, MissingPart, PartState, load_order
-from sluice_server.repository.versions import parse_version, select
+from sluice_server.repository.parts import MissingPart, load_order
+from sluice_server.repository.table import Entry, IndexEntry, ModelTable, Recipe, State, Version
+from sluice_server.repository.versions import select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -54,9 +46,6 @@ logger = logging.getLogger(__name__)
 LOAD_ALL = "*"
 """The name that `--load-model` takes for every model of the repositories."""
 
-UNLOADED = "unloaded"
-"""The reason of a version that was unloaded on purpose, as in Triton; such a version does not make a server unready."""
-
 UNEXPECTED = "Internal: unexpected error, the server's log has the details"
 """The reason of a version whose load raised what it should not: what clients see is never the text of a bug."""
 
@@ -69,31 +58,12 @@ class ControlMode(enum.StrEnum):
     EXPLICIT = "explicit"
 
 
-class State(enum.StrEnum):
-    """A version's state, with the names of RepositoryIndex."""
-
-    LOADING = "LOADING"
-    READY = "READY"
-    UNLOADING = "UNLOADING"
-    UNAVAILABLE = "UNAVAILABLE"
-
-
 @dataclass(frozen=True, slots=True)
 class Override:
     """What a load call brings along: a configuration (JSON), and the files of a model directory by relative path."""
 
     config: str | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """One line of RepositoryIndex; a model that was never loaded has a name only."""
-
-    name: str
-    version: str = ""
-    state: str = ""
-    reason: str = ""
 
 
 class Loader(Protocol):
@@ -108,76 +78,7 @@ class Loader(Protocol):
         """
 
 
-@dataclass(slots=True)
-class _Version:
-    state: State
-    reason: str = ""
-    model: Served | None = None
-    files: Hashable = None
-    """What of the disk it was loaded from; None when a load call brought it along."""
-    is_wanted: bool = False
-    """Unavailable because somebody has unloaded it, or a part of it: no reason for the server to be unready."""
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether it is not a failure: ready, on its way, or away because somebody wanted that."""
-        return self.state is not State.UNAVAILABLE or self.is_wanted
-
-
-class _Recipe(NamedTuple):
-    """What an ensemble was last loaded from."""
-
-    directory: ModelDirectory
-    config: ModelConfig
-    files: Mapping[int, Hashable]
-
-
-class _Entry:
-    """What is known of one model that somebody tried to load."""
-
-    __slots__ = ("fingerprint", "is_along", "loading", "recipe", "versions")
-
-    def __init__(self) -> None:
-        self.loading = threading.Lock()
-        self.versions: dict[int, _Version] = {}
-        self.fingerprint: Hashable = None
-        self.recipe: _Recipe | None = None
-        """Of an ensemble that is to be served as long as its parts are."""
-        self.is_along = False
-        """Whether it was loaded only as a part of an ensemble."""
-
-    def served(self) -> dict[int, Served]:
-        return {number: item.model for number, item in self.versions.items() if item.model is not None}
-
-    def unload(self) -> dict[int, Served]:
-        """Take the served versions out and give them; those that failed are forgiven. Others are on their way out."""
-        leaving = self.served()
-        for number, item in self.versions.items():
-            if item.model is not None:
-                self.versions[number] = _Version(State.UNLOADING)
-            elif item.state is State.UNAVAILABLE:
-                self.versions[number] = _Version(State.UNAVAILABLE, UNLOADED, is_wanted=True)
-        self.fingerprint = self.recipe = None
-        return leaving
-
-    def as_part(self) -> PartState[Served]:
-        """What an ensemble finds."""
-        reason = next((item.reason for item in self.versions.values() if item.reason), UNLOADED)
-        return PartState(self.served(), reason, all(item.is_settled for item in self.versions.values()))
-
-    def unchanged(self, files: Mapping[int, Hashable]) -> dict[int, _Version]:
-        """The served versions of which the same is on disk as what they were loaded from."""
-        return {
-            number: item
-            for number, item in self.versions.items()
-            if item.model is not None and item.files is not None and item.files == files.get(number)
-        }
-
-    def all_ready(self) -> bool:
-        return bool(self.versions) and all(item.state is State.READY for item in self.versions.values())
-
-
-class ModelManager:
+class ModelManager(ModelTable):
     """The models of the server. Every method is for any thread; `find` is the one that each request calls."""
 
     def __init__(
@@ -195,73 +96,18 @@ class ModelManager:
 
         A version that fails to load is tried again `load_retries` times, at once as in Triton.
         """
+        super().__init__(on_readiness)
         self._repositories = repositories
         self._loader = loader
         self._mode = mode
         self._strict_readiness = strict_readiness
         self._load_threads = load_threads
         self._load_retries = load_retries
-        self._on_readiness = on_readiness
-        self._lock = threading.Lock()
-        self._entries: dict[str, _Entry] = {}
-        self._served: dict[tuple[str, str], Served] = {}
-        self._retiring: set[Served] = set()
-        self._dependencies = Dependencies()
-        self._uses: Counter[Served] = Counter()
-        """How many ensembles, loads of them included, need each version that is a part."""
-        self._unused = threading.Condition(self._lock)
         self._seen: Mapping[str, Hashable] = {}
         self._followed: dict[str, Hashable] = {}
         self._started = False
-        self._draining = False
 
     # --- questions -------------------------------------------------------------------------------------------------
-
-    def find(self, name: str, version: str) -> Served:
-        """The model to run a request on; `""` is the highest version served.
-
-        `InvalidArgument`: the version is not a number; `NotFound`: nothing of that name and version is served.
-        """
-        model = self._served.get((name, version))
-        return model if model is not None else self._find_by_number(name, version)
-
-    def _find_by_number(self, name: str, version: str) -> Served:
-        number = parse_version(version)
-        served = self._served
-        model = served.get((name, "" if number is None else str(number)))
-        if model is not None:
-            return model
-        unknown = f"Request for unknown model: '{name}'"
-        if number is not None and (name, "") in served:
-            raise NotFound(f"{unknown} version {number} is not found")
-        with self._lock:
-            was_loaded = bool(entry.versions) if (entry := self._entries.get(name)) else False
-        if was_loaded:
-            raise NotFound(f"{unknown} has no available versions")
-        raise NotFound(f"{unknown} is not found")
-
-    def served_versions(self, name: str) -> list[int]:
-        """The versions of a model that take requests, in rising order."""
-        with self._lock:
-            entry = self._entries.get(name)
-            return sorted(entry.served()) if entry else []
-
-    def served(self) -> list[Served]:
-        """Every version that takes requests, by name and version."""
-        with self._lock:
-            return [model for _, entry in sorted(self._entries.items()) for _, model in sorted(entry.served().items())]
-
-    def select(self, name: str, version: str) -> list[Served]:
-        """The versions that ModelStatistics is asked for; an unknown one is `InvalidArgument` there, as in Triton."""
-        number = parse_version(version)
-        models = [model for model in self.served() if not name or model.interface.name == name]
-        if name and not models:
-            raise InvalidArgument(f"requested model '{name}' is not available")
-        if number is not None:
-            models = [model for model in models if model.interface.version == str(number)]
-            if not models:
-                raise InvalidArgument(f"requested model version is not available for model '{name}': {number}")
-        return models
 
     @property
     def server_ready(self) -> bool:
@@ -272,7 +118,7 @@ class ModelManager:
             return not self._strict_readiness or all(self._is_settled(entry) for entry in self._entries.values())
 
     @staticmethod
-    def _is_settled(entry: _Entry) -> bool:
+    def _is_settled(entry: Entry) -> bool:
         """Ready, or unloaded on purpose."""
         return all(item.is_settled for item in entry.versions.values())
 
@@ -402,9 +248,9 @@ class ModelManager:
         else:
             return True
         with self._lock:
-            entry = self._entries.setdefault(name, _Entry())
+            entry = self._entries.setdefault(name, Entry())
             if not entry.versions:  # refused before any version was tried: the index has to show it all the same
-                entry.versions[1] = _Version(State.UNAVAILABLE, reason)
+                entry.versions[1] = Version(State.UNAVAILABLE, reason)
         return False
 
     def load(self, name: str, override: Override | None = None) -> None:
@@ -461,31 +307,6 @@ class ModelManager:
         if leaving:
             self._renew_dependents(name)
 
-    def drain(self) -> None:
-        """The server is ending: not ready any more, and no more loads; what its front still accepts is answered."""
-        self._draining = True
-        self._tell("", False)
-        for name in {model.interface.name for model in self.served()}:
-            self._tell(name, False)
-
-    def stop(self, timeout_s: float) -> bool:
-        """Drain every queue and wait for the instances, for up to `timeout_s` in all; False when time ran out first."""
-        models = self.served()
-        with self._lock:
-            models += self._retiring
-        until = time.monotonic() + timeout_s
-        finished = True
-        for ensemble in sorted((model for model in models if model.parts), key=_height, reverse=True):
-            ensemble.drain()
-            ensemble.join(max(0.0, until - time.monotonic()))
-        for model in models:
-            model.drain()
-        for model in models:
-            if not model.join(max(0.0, until - time.monotonic())):
-                finished = False
-                logger.warning("requests were still running when time was up", extra={"model": model.interface.name})
-        return finished
-
     # --- loading ---------------------------------------------------------------------------------------------------
 
     def _require_explicit(self) -> None:
@@ -496,10 +317,6 @@ class ModelManager:
             )
         if self._draining:
             raise Unavailable("the server is shutting down")
-
-    def _tell(self, name: str, ready: bool) -> None:
-        # A load that ends while the server drains must not bring clients back.
-        self._on_readiness(name, ready and not self._draining)
 
     def _load(self, name: str, override: Override) -> None:
         try:
@@ -518,7 +335,7 @@ class ModelManager:
     def _load_entry(self, name: str, config: ModelConfig | None, uploaded: ModelDirectory | None) -> None:
         """Load what is on disk, or else was brought along: a configuration, or a whole directory with it."""
         with self._lock:
-            entry = self._entries.setdefault(name, _Entry())
+            entry = self._entries.setdefault(name, Entry())
             before = entry.served()
         try:
             with entry.loading:
@@ -530,7 +347,7 @@ class ModelManager:
                 self._renew_dependents(name)
 
     def _load_locked(
-        self, name: str, entry: _Entry, config: ModelConfig | None, uploaded: ModelDirectory | None
+        self, name: str, entry: Entry, config: ModelConfig | None, uploaded: ModelDirectory | None
     ) -> None:
         # Read only now: what was on disk before another load of this model had its turn may be out of date.
         directory = uploaded or self._repositories.find(name)
@@ -559,7 +376,7 @@ class ModelManager:
     def _remember(
         self,
         name: str,
-        entry: _Entry,
+        entry: Entry,
         directory: ModelDirectory,
         config: ModelConfig | None,
         fingerprint: Fingerprint | None,
@@ -572,7 +389,7 @@ class ModelManager:
                 self._dependencies.parts.pop(name, None)
                 return
             numbers = select(config.version_policy, directory.versions)
-            entry.recipe = _Recipe(directory, config, _files(directory, fingerprint, numbers))
+            entry.recipe = Recipe(directory, config, _files(directory, fingerprint, numbers))
             self._dependencies.parts[name] = parts
 
     def _renew_dependents(self, name: str) -> None:
@@ -584,7 +401,7 @@ class ModelManager:
                 with entry.loading:
                     self._renew(ensemble, entry)
 
-    def _renew(self, name: str, entry: _Entry) -> None:
+    def _renew(self, name: str, entry: Entry) -> None:
         recipe = entry.recipe
         if recipe is None:  # unloaded, or not loaded yet
             return
@@ -597,13 +414,13 @@ class ModelManager:
                 extra = {"model": name, "version": number, "reason": str(error)}
                 logger.warning("ensemble is not served any more, as its parts have changed", extra=extra)
                 is_wanted = isinstance(error, MissingPart) and error.is_wanted
-                fresh[number] = _Version(State.UNAVAILABLE, _reason(error), is_wanted=is_wanted)
+                fresh[number] = Version(State.UNAVAILABLE, _reason(error), is_wanted=is_wanted)
             else:
-                fresh[number] = _Version(State.READY, "", model, recipe.files.get(number))
+                fresh[number] = Version(State.READY, "", model, recipe.files.get(number))
         self._swap(name, entry, {}, fresh)
 
     def _load_versions(
-        self, entry: _Entry, directory: ModelDirectory, config: ModelConfig | None, fingerprint: Fingerprint | None
+        self, entry: Entry, directory: ModelDirectory, config: ModelConfig | None, fingerprint: Fingerprint | None
     ) -> None:
         name = directory.name
         policy = config.version_policy if config is not None else None
@@ -617,7 +434,7 @@ class ModelManager:
         with self._lock:
             replacing = bool(entry.served())
             if not replacing:
-                entry.versions = {number: _Version(State.LOADING) for number in numbers}
+                entry.versions = {number: Version(State.LOADING) for number in numbers}
             kept = entry.unchanged(files)
         loaded: dict[int, Served] = {}
         try:
@@ -634,10 +451,10 @@ class ModelManager:
         else:
             fresh = {
                 **{
-                    number: _Version(State.READY, model.notice, model, files.get(number))
+                    number: Version(State.READY, model.notice, model, files.get(number))
                     for number, model in loaded.items()
                 },
-                **{number: _Version(State.UNAVAILABLE, text) for number, text in failed.items()},
+                **{number: Version(State.UNAVAILABLE, text) for number, text in failed.items()},
             }
             self._swap(name, entry, kept, fresh)
         if failed:
@@ -686,90 +503,14 @@ class ModelManager:
             self._uses.update(model.parts)
         return model
 
-    def _bind(self, name: str, config: ModelConfig | None) -> Sequence[Served]:
-        """The versions that run the steps of an ensemble, which stay until `_let_go`; none for any other model.
-
-        Raises ConfigError, or ModelLoadError when a part is not served.
-        """
-        if config is None or not is_ensemble(config):
-            return ()
-        config = normalize(config, name=name)
-        names = part_names(config)
-        with self._lock:
-            self._dependencies.check_cycle(name, names)
-            # From now on a change of these is followed too: it comes behind this load, and is done with then.
-            known = self._dependencies.parts.get(name, ())
-            self._dependencies.parts[name] = tuple(dict.fromkeys((*known, *names)))
-            parts = []
-            for step in config.ensemble_scheduling.step:
-                entry = self._entries.get(step.model_name)
-                state: PartState[Served] = PartState({}) if entry is None else entry.as_part()
-                parts.append(state.choose(name, step.model_name, version_of(step)))
-            self._uses.update(set(parts))
-        return parts
-
-    def _let_go(self, parts: Iterable[Served]) -> None:
-        """An ensemble, or a load of one, needs these versions no more."""
-        with self._lock:
-            self._uses.subtract(parts)
-            self._uses += Counter()  # without those that nobody uses
-            self._unused.notify_all()
-
-    def _give_up(self, entry: _Entry, loaded: dict[int, Served], reasons: dict[int, str], *, replacing: bool) -> None:
+    def _give_up(self, entry: Entry, loaded: dict[int, Served], reasons: dict[int, str], *, replacing: bool) -> None:
         """Forget new versions that were loaded; the old ones, where there are any, go on."""
         for model in loaded.values():
             model.drain()
             self._let_go(model.parts)
         if not replacing:
             with self._lock:
-                entry.versions = {number: _Version(State.UNAVAILABLE, text) for number, text in reasons.items()}
-
-    def _swap(self, name: str, entry: _Entry, kept: dict[int, _Version], fresh: dict[int, _Version]) -> None:
-        """Put fresh versions into the place of all but those that are kept."""
-        with self._lock:
-            old = {number: model for number, model in entry.served().items() if number not in kept}
-            leaving = {number: _Version(State.UNLOADING) for number in old}
-            entry.versions = {**leaving, **kept, **fresh}
-            self._rebuild()
-            serves = bool(entry.served())
-        for number, item in sorted(fresh.items()):
-            if item.model is not None:
-                extra = {"model": name, "version": number, **item.model.properties}
-                logger.info("model is ready", extra=extra)
-        self._tell(name, serves)
-        for number, model in old.items():
-            self._retire(model, entry, number)
-
-    def _rebuild(self) -> None:
-        """Make the table that `find` reads; the caller holds the lock."""
-        served: dict[tuple[str, str], Served] = {}
-        for name, entry in self._entries.items():
-            for number, model in sorted(entry.served().items()):
-                served[name, str(number)] = served[name, ""] = model
-        self._served = served
-
-    def _retire(self, model: Served, entry: _Entry, number: int) -> None:
-        """Let a version that was taken out of the table finish, on a thread of its own; a part behind its ensembles."""
-        with self._lock:
-            leaving = entry.versions.get(number)
-            self._retiring.add(model)
-            in_use = self._uses[model] > 0
-        if not in_use:
-            model.drain()
-
-        def wait() -> None:
-            with self._lock:
-                self._unused.wait_for(lambda: not self._uses[model])
-            model.drain()
-            model.join(None)
-            self._let_go(model.parts)
-            with self._lock:
-                self._retiring.discard(model)
-                # Unless it was loaded again meanwhile, and perhaps unloaded again: then somebody else waits for that.
-                if leaving is not None and leaving is entry.versions.get(number) and leaving.state is State.UNLOADING:
-                    entry.versions[number] = _Version(State.UNAVAILABLE, UNLOADED, is_wanted=True)
-
-        threading.Thread(target=wait, name=f"retire-{model.interface.name}", daemon=True).start()
+                entry.versions = {number: Version(State.UNAVAILABLE, text) for number, text in reasons.items()}
 
 
 def _files(directory: ModelDirectory, fingerprint: Fingerprint | None, numbers: Iterable[int]) -> dict[int, Hashable]:
@@ -784,8 +525,3 @@ def _reason(error: SluiceError) -> str:
     if isinstance(error, ModelLoadError):
         return error.reason
     return f"{'Invalid argument' if isinstance(error, InvalidArgument) else 'Internal'}: {error}"
-
-
-def _height(model: Served) -> int:
-    """How many ensembles are on top of each other in a version: 0 for a model."""
-    return 1 + max(map(_height, model.parts)) if model.parts else 0

@@ -1,0 +1,179 @@
+"""The open-loop sender: each request is sent at its time, whatever is still open, and what became of it is recorded.
+
+One event loop sends and receives. A request is a task, whose cost is that of one grpc.aio call (about 0.2 ms of CPU
+with prepared bytes), so one process sends a few thousand requests a second at most; `Generator` says when that was the
+limit. Times are those of the loop's clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import selectors
+import time
+from array import array
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import grpc.aio
+import numpy as np
+
+from sluice_client.channels import Channels
+from sluice_client.endpoints import parse_endpoints
+from sluice_client.load.latencies import NOT_SENT, OK, Generator, Records, quantile
+
+if TYPE_CHECKING:
+    from sluice_client.flow import Metadata
+    from sluice_client.settings import Tls
+
+T = TypeVar("T")
+
+MAX_IN_FLIGHT: Final = 10_000
+"""About 200 MB of open calls; a server that has so many to answer will not catch up."""
+
+Send = Callable[[int], Coroutine[Any, Any, int]]
+"""Sends request number n (from 0) and gives its gRPC status number when it has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A load that is over: what became of its requests, and how the generator did."""
+
+    records: Records
+    generator: Generator
+
+
+def run_precisely(coroutine: Coroutine[Any, Any, T]) -> T:
+    """As asyncio.run, on a loop whose timers are as precise as the system's.
+
+    The usual selectors round what they wait up to whole milliseconds; select() takes microseconds, and watches few
+    sockets here. So nothing has to spin until a request is due.
+    """
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
+        return runner.run(coroutine)
+
+
+async def send_at(
+    times_s: Iterable[float],
+    send: Send,
+    *,
+    max_in_flight: int = MAX_IN_FLIGHT,
+    cpu_s: Callable[[], float] = time.process_time,
+) -> Run:
+    """Send one request at each of these times, in ascending seconds from now, and return when all have ended.
+
+    `send(number)` is called at the time of the request, in a task of its own, and returns its gRPC status number; it
+    needs a deadline of its own. What is due while `max_in_flight` requests are open is not sent, and recorded as
+    NOT_SENT. `cpu_s` reads the CPU seconds that the generator has used. Cancelling this cancels what is open; an
+    exception of `send` ends the load, as an ExceptionGroup.
+    """
+    log = _Log(asyncio.get_running_loop().time)
+    cpu_started_s = cpu_s()
+    async with asyncio.TaskGroup() as tasks:
+        for number, due_s in enumerate(times_s):
+            # Also when it is late: answers have to be taken, or a generator that is behind would stay behind.
+            await asyncio.sleep(max(due_s - log.now_s(), 0))
+            if log.begin(due_s, max_in_flight):
+                tasks.create_task(log.follow(number, send))
+    elapsed_s = log.now_s()
+    cpu_share = (cpu_s() - cpu_started_s) / elapsed_s if elapsed_s > 0 else 0.0
+    return log.run(cpu_share)
+
+
+class _Log:
+    """Records while they are made: 25 bytes a request, and the number of those that are open."""
+
+    def __init__(self, clock_s: Callable[[], float]) -> None:
+        self._clock_s = clock_s
+        self._started_s = clock_s()
+        self._intended_s, self._sent_s, self._ended_s = array("d"), array("d"), array("d")
+        self._codes = array("B")
+        self._in_flight = self._most_in_flight = self._not_sent = 0
+
+    def now_s(self) -> float:
+        """Seconds from the start of the load."""
+        return self._clock_s() - self._started_s
+
+    def begin(self, due_s: float, max_in_flight: int) -> bool:
+        """Note the next request; whether it may be sent."""
+        self._intended_s.append(due_s)
+        self._sent_s.append(math.nan)
+        self._ended_s.append(math.nan)
+        self._codes.append(NOT_SENT)
+        if self._in_flight >= max_in_flight:
+            self._not_sent += 1
+            return False
+        self._in_flight += 1
+        self._most_in_flight = max(self._most_in_flight, self._in_flight)
+        return True
+
+    async def follow(self, number: int, send: Send) -> None:
+        """Send a request that was noted, and note its end."""
+        self._sent_s[number] = self.now_s()
+        code = await send(number)
+        self._ended_s[number] = self.now_s()
+        self._codes[number] = code
+        self._in_flight -= 1
+
+    def run(self, cpu_share: float) -> Run:
+        """All of it as arrays of numpy."""
+        records = Records(
+            np.array(self._intended_s), np.array(self._sent_s), np.array(self._ended_s), np.array(self._codes)
+        )
+        lag_p99_s = quantile(records.lag_s, 0.99)
+        return Run(records, Generator(lag_p99_s, cpu_share, self._most_in_flight, self._not_sent))
+
+
+class Sender:
+    """Sends prepared ModelInfer requests over the client's channels, in turns: no retry, no look at the answer.
+
+    `endpoints`, `tls`, `metadata`: as Client's. `requests`: serialised ModelInferRequests, sent over and over.
+    `deadline_s`: of each request. `connections`: channels to each endpoint. To be used, and closed, on one event loop.
+    Raises InvalidRequest when an endpoint cannot be used.
+    """
+
+    def __init__(
+        self,
+        endpoints: str | Sequence[str],
+        requests: Sequence[bytes],
+        *,
+        deadline_s: float,
+        tls: Tls | None = None,
+        metadata: Metadata = (),
+        connections: int = 1,
+    ) -> None:
+        parsed = parse_endpoints(endpoints, tls=tls is not None)
+        self._channels = [Channels(grpc.aio, parsed, tls, ()) for _ in range(connections)]
+        self._calls = [
+            channels.callable(index, "ModelInfer") for channels in self._channels for index in range(len(parsed))
+        ]
+        self._requests = tuple(requests)
+        self._deadline_s = deadline_s
+        self._metadata = metadata
+
+    async def __call__(self, number: int) -> int:
+        """Send request `number`; its gRPC status number."""
+        turn, index = divmod(number, len(self._requests))
+        # Shifted by one each time around, so that every request goes to every endpoint, whatever their numbers are.
+        return await self._outcome(self._calls[(number + turn) % len(self._calls)], self._requests[index])
+
+    async def connect(self) -> None:
+        """Send one request over each connection, so that no later one has to wait for it to come up."""
+        await asyncio.gather(*(self._outcome(call, self._requests[0]) for call in self._calls))
+
+    async def _outcome(self, call: Any, request: bytes) -> int:
+        try:
+            await call(request, timeout=self._deadline_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            code: int = error.code().value[0]
+            return code
+        return OK
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for channels in self._channels:
+            for channel in channels.close():
+                await channel.close()
