@@ -18,6 +18,7 @@ from sluice_batching import deadlines
 from sluice_batching.errors import BatchingError, QueueFull
 from sluice_batching.policy import Priorities, QueuePolicy
 from sluice_batching.queue import HORIZON_NS, Group, Queue, R
+from sluice_batching.request import NO_DEADLINE
 from sluice_batching.run_times import RunTimes
 
 DELAYED_RANK: Final = 1 << 64
@@ -77,14 +78,19 @@ class PriorityQueue(Queue[R]):
 
     def _delay(self, request: R, now_ns: int) -> bool:
         """Put a request behind all others of its level; False: it has left, as it would end too late."""
+        is_late = request.deadline_ns != NO_DEADLINE and self._lateness(request, now_ns) is not None
         level = self._priorities.level_of(request.priority)
         enqueued_ns = request.enqueued_ns
         self._remove(request)
-        error = self._offer_at(request, now_ns, level * LEVEL_RANK + DELAYED_RANK)
-        if error is None:
-            request.enqueued_ns = enqueued_ns
-            self._counts[level] = self._counts.get(level, 0) + 1
-        return error is None
+        if is_late:
+            return False
+        # Not offered anew: it was let in, and stays so whatever the queue has been tuned to since.
+        self._level_rank = level * LEVEL_RANK + DELAYED_RANK
+        due_ns = min(request.deadline_ns, now_ns + self._horizon_ns)
+        self._enter(request, due_ns + self._level_rank, now_ns)
+        request.enqueued_ns = enqueued_ns
+        self._counts[level] = self._counts.get(level, 0) + 1
+        return True
 
     def _offer_at(self, request: R, now_ns: int, level_rank: int) -> BatchingError | None:
         self._level_rank = level_rank

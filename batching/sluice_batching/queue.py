@@ -309,7 +309,7 @@ class Queue(Generic[R]):
         self._hurry_ns = 0 if policy.max_delay_ns else 2 * wait.delay_ns
         self._max_delay_ns = wait.delay_ns
         self._waits = wait.delay_ns > 0 and not self._draining
-        self._merge_rows = min(merge_rows, policy.max_batch_rows)
+        self._merge_rows = min(merge_rows, policy.most_merged_rows)
         full_rows = wait.rows or max(policy.preferred_batch_rows, default=policy.max_batch_rows)
         self._full_rows = min(full_rows, self._merge_rows)
         self._max_rows = min(queue_rows, policy.max_queue_rows or sys.maxsize)

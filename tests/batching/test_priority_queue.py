@@ -178,6 +178,14 @@ def test_a_request_that_is_delayed_when_it_would_end_too_late_leaves() -> None:
     assert queue._counts == {}
 
 
+def test_a_request_is_delayed_also_where_the_queue_has_been_tuned_to_hold_less_meanwhile() -> None:
+    queue = queue_of(LevelPolicy(timeout_ns=10 * MS, delays=True))
+    offered(queue, Asking("old"), Asking("older"), Asking("oldest"))
+    queue.tune(1, 1)
+    assert queue.expire(10 * MS) == []
+    assert order(queue, 10) == ["old", "older", "oldest"]
+
+
 def test_a_deadline_that_has_come_with_the_delay_expires_in_its_turn() -> None:
     queue = queue_of(LevelPolicy(timeout_ns=10 * MS, delays=True))
     offered(queue, Asking("a", deadline_ms=19), Asking("b", deadline_ms=15))

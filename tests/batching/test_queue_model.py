@@ -220,7 +220,7 @@ class QueueAgainstModel(RuleBasedStateMachine):
     @rule(merge_rows=st.integers(1, 9), queue_rows=st.integers(1, 20))
     def tune(self, merge_rows: int, queue_rows: int) -> None:
         self.queue.tune(merge_rows, queue_rows)
-        self.model.merge_rows = min(merge_rows, self.model.policy.max_batch_rows)
+        self.model.merge_rows = min(merge_rows, self.model.policy.most_merged_rows)
         self.model.tuned_rows = queue_rows
 
     @rule(

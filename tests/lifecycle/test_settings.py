@@ -301,7 +301,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "where", "expected"), FLAGS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("flags", "where", "expected"), FLAGS, ids=lambda value: getattr(value, "__name__", str(value))[:60]
+)
 def test_each_flag_is_found_in_the_settings(flags, where, expected):
     value: object = parse_serve([REPOSITORY, *flags])
     for name in where.split("."):
