@@ -188,7 +188,8 @@ def test_steps_find_the_best_of_the_grid_and_measure_every_step(tmp_path: Path) 
     figures = steps.Steps(place(tmp_path)).measure().figures
     assert figures[steps.SIZE] in steps.GRID
     assert figures[steps.AT_FULL] > 0
-    assert figures[steps.P99_WORST] == max(figures[steps.P99[step]] for step in steps.STEPS) / SLO_S / 1e3
+    worst_ms = max(figures[steps.P99[step]] for step in steps.STEPS)
+    assert figures[steps.P99_WORST] == pytest.approx(worst_ms / SLO_S / 1e3)
 
 
 def test_the_neighbours_all_load_and_the_model_between_them_is_the_same(tmp_path: Path, transport: str) -> None:

@@ -400,9 +400,9 @@ def test_a_model_whose_threads_cannot_be_started_is_not_left_loading(world):
 @pytest.mark.parametrize("name", ["", ".", "..", "../m", "/m", "m/1", "m\\1", "m\0"])
 def test_a_name_that_would_leave_the_repository_is_refused(name, world):
     write(world.root, "m")
-    with pytest.raises(InvalidArgument, match="[Mm]odel name"):
+    with pytest.raises(InvalidArgument, match=r"[Mm]odel name"):
         world.manager.load(name)
-    with pytest.raises(InvalidArgument, match="[Mm]odel name"):
+    with pytest.raises(InvalidArgument, match=r"[Mm]odel name"):
         world.manager.load(name, Override("{}", {"1/model.onnx": b""}))
 
 
