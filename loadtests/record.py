@@ -191,8 +191,8 @@ def _rounds(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _plain(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(value) else value
+    """JSON has neither NaN nor infinities."""
+    return value if math.isfinite(value) else None
 
 
 def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:

@@ -55,6 +55,12 @@ def test_what_is_written_comes_back(record: Record) -> None:
     assert repr(from_json(json.loads(text))) == repr(record)
 
 
+def test_a_spread_that_no_number_tells_is_null() -> None:
+    """Half of the distance between extremes, over a median that is next to nothing."""
+    (finding,) = to_json(Record(findings=(Finding("case", "who", "figure", "s", (5e-324, 5e-324, 1e9)),)))["findings"]
+    assert finding["spread"] is None
+
+
 def a_row(busy: float, waiting: float) -> Row:
     samples = tuple(
         Sample(value, 40.0, 1.0, 2.0, generator_busy=busy, generator_waiting=waiting) for value in (90.0, 100.0, 110.0)
