@@ -162,7 +162,7 @@ def test_a_request_that_has_waited_for_the_timeout_is_refused_while_the_instance
 
 
 def test_a_request_whose_timeout_delays_is_served_behind_the_others(serve):
-    server = serve("default_queue_policy { default_timeout_microseconds: 20000 timeout_action: DELAY }")
+    server = serve("default_queue_policy { default_timeout_microseconds: 300000 timeout_action: DELAY }")
     queue = server.model("echo").queue
     with held(server.model("echo")) as session:
         first = occupy(server, session)
