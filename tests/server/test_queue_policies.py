@@ -162,13 +162,13 @@ def test_a_request_that_has_waited_for_the_timeout_is_refused_while_the_instance
 
 
 def test_a_request_whose_timeout_delays_is_served_behind_the_others(serve):
-    server = serve("default_queue_policy { default_timeout_microseconds: 300000 timeout_action: DELAY }")
+    server = serve("default_queue_policy { default_timeout_microseconds: 20000 timeout_action: DELAY }")
     queue = server.model("echo").queue
     with held(server.model("echo")) as session:
         first = occupy(server, session)
         (old,) = begun(server, number(1))
-        before = queue.watched_deadline_ns
-        eventually(lambda: queue.watched_deadline_ns != before, "the old one is delayed")
+        waiting = queue._queue._waiting
+        eventually(lambda: any(each.rank >= DELAYED_RANK for each in list(waiting.values())), "the old one is delayed")
         (new,) = begun(server, number(2))
         session.release()
         assert [value_of(call) for call in (first, old, new)] == [-1, 1, 2]
