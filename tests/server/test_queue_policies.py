@@ -11,6 +11,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 import sluice_client
+from sluice_batching.priority_queue import DELAYED_RANK
 from sluice_server.execution.instance import WOULD_BE_LATE
 from sluice_server.observability.statistics import Outcome
 from sluice_server.settings import HttpSettings
