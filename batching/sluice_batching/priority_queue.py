@@ -55,7 +55,8 @@ class PriorityQueue(Queue[R]):
         timeout_ns = policy.timeout_of(request.timeout_ns)
         if timeout_ns and not policy.delays:
             request.deadline_ns = min(request.deadline_ns, now_ns + timeout_ns)
-        error = self._offer_at(request, now_ns, level * LEVEL_RANK)
+        self._rank_from(level * LEVEL_RANK)
+        error = super().try_offer(request, now_ns)
         if error is not None:
             return error
         self._counts[level] = count + 1
@@ -85,17 +86,16 @@ class PriorityQueue(Queue[R]):
         if is_late:
             return False
         # Not offered anew: it was let in, and stays so whatever the queue has been tuned to since.
-        self._level_rank = level * LEVEL_RANK + DELAYED_RANK
-        due_ns = min(request.deadline_ns, now_ns + self._horizon_ns)
-        self._enter(request, due_ns + self._level_rank, now_ns)
+        self._rank_from(level * LEVEL_RANK + DELAYED_RANK)
+        self._let_in(request, now_ns)
         request.enqueued_ns = enqueued_ns
         self._counts[level] = self._counts.get(level, 0) + 1
         return True
 
-    def _offer_at(self, request: R, now_ns: int, level_rank: int) -> BatchingError | None:
+    def _rank_from(self, level_rank: int) -> None:
+        """Have what is let in next stand in a level, or behind those of one."""
         self._level_rank = level_rank
         self._due_after = self._horizon_ns + level_rank
-        return super().try_offer(request, now_ns)
 
     def _remove_first(self, group: Group[R], length: int) -> list[R]:
         batch = super()._remove_first(group, length)

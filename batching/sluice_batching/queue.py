@@ -266,9 +266,13 @@ class Queue(Generic[R]):
         if crowded and (full := self._overflow(rows, size_bytes)) is not None:
             return full
         for request in requests:
-            due_ns = now_ns + self._due_after
-            self._enter(request, min(request.deadline_ns + self._level_rank, due_ns), now_ns)
+            self._let_in(request, now_ns)
         return None
+
+    def _let_in(self, request: R, now_ns: int) -> None:
+        """Let a request wait, in its place, that is not refused whatever the bounds are."""
+        rank = min(request.deadline_ns + self._level_rank, now_ns + self._due_after)
+        self._enter(request, rank, now_ns)
 
     def _overtake(self, group: Group[R], request: R) -> None:
         """Have a request that came last go before others."""
