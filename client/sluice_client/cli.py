@@ -64,10 +64,7 @@ _EXTRA: Final = "install the server with pip install 'sluice[server]'"
 def infer(argv: list[str]) -> int:
     """Send one request to a model and print its outputs."""
     parser = command_parser("infer", infer)
-    parser.add_argument("model", metavar="MODEL")
-    add_input_options(parser)
-    parser.add_argument("--output", action="append", metavar="NAME", help="a wanted output; all without it")
-    parser.add_argument("--model-version", default="", metavar="N", help="the model version; the newest without it")
+    add_request_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return run_command(parser, argv, _infer, DEFAULT_DEADLINE_S)
 
@@ -90,8 +87,9 @@ def _help(by_name: dict[str, EntryPoint]) -> str:
     return "\n".join([*lines, "", "sluice COMMAND --help tells more; sluice --version prints the version"])
 
 
-def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `read_inputs` reads."""
+def add_request_options(parser: argparse.ArgumentParser) -> None:
+    """What an inference request is made of: the model, its outputs, and the inputs, which `read_inputs` reads."""
+    parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
         "--input",
         action="append",
@@ -103,6 +101,8 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape", action="append", default=[], metavar="NAME=D,D", help="the shape to make with --fill, like X=1,16"
     )
+    parser.add_argument("--output", action="append", metavar="NAME", help="a wanted output; all without it")
+    parser.add_argument("--model-version", default="", metavar="N", help="the model version; the newest without it")
 
 
 def command_parser(name: str, command: Command) -> argparse.ArgumentParser:

@@ -110,8 +110,7 @@ def test_a_lone_request_that_is_still_running_does_not_hold_the_end_either(trans
         with grpc.insecure_channel(server.grpc) as client:
             lone = begin(client, "ever", 1)
             # Taken after it: the lone one runs by then, on a thread of the native transport's own.
-            live = client.unary_unary(f"/{SERVICE.full_name}/ServerLive")
-            live(pb.ServerLiveRequest().SerializeToString(), timeout=PATIENCE_S)
+            assert live_code(client) is grpc.StatusCode.OK
             process.signal(signal.SIGTERM)
             assert lone.code() is grpc.StatusCode.UNAVAILABLE
         assert process.wait() == 0

@@ -18,6 +18,7 @@ from support.fakes import RecordingCall, eventually
 from support.requests import infer_request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 BIG = np.zeros((1, 20_000), np.float32)
@@ -102,7 +103,8 @@ def test_a_disk_that_fails_ends_the_capture_and_no_request(tmp_path, caplog):
     assert "no more requests are captured" in [line.getMessage() for line in caplog.records]
 
 
-def test_what_the_writer_cannot_follow_is_left_out_and_nobody_waits(tmp_path):
+def held_up() -> tuple[Callable[[Ended], Capturable | LeftOut], threading.Event, threading.Event]:
+    """A way to choose that waits with its first request, an event that says that it does, and one that ends it."""
     waits, goes_on = threading.Event(), threading.Event()
 
     def slowly(ended: Ended) -> Capturable | LeftOut:
@@ -110,6 +112,11 @@ def test_what_the_writer_cannot_follow_is_left_out_and_nobody_waits(tmp_path):
         goes_on.wait()
         return as_sent(ended)
 
+    return slowly, waits, goes_on
+
+
+def test_what_the_writer_cannot_follow_is_left_out_and_nobody_waits(tmp_path):
+    slowly, waits, goes_on = held_up()
     capture = opened(tmp_path / "c", slowly)
     put(capture)
     waits.wait()
@@ -122,13 +129,7 @@ def test_what_the_writer_cannot_follow_is_left_out_and_nobody_waits(tmp_path):
 
 
 def test_memory_is_bounded_by_bytes_too(tmp_path):
-    waits, goes_on = threading.Event(), threading.Event()
-
-    def slowly(ended: Ended) -> Capturable | LeftOut:
-        waits.set()
-        goes_on.wait()
-        return as_sent(ended)
-
+    slowly, waits, goes_on = held_up()
     capture = opened(tmp_path / "c", slowly)
     half = bytes(write_behind.PENDING_BYTES_MAX // 2 + 1)
     put(capture, half)

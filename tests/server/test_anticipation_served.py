@@ -11,15 +11,14 @@ from sluice_proto import grpc_service_pb2 as pb
 from sluice_server.execution.anticipating import AnticipatingInstance
 from support import models
 from support.fakes import eventually, held
+from support.requests import answer_arrays, infer_request
 
 RUN_S = 600.0
 """What the curve that is kept says of every run, so that a wait is longer than any test."""
 
 
 def request(value: float) -> pb.ModelInferRequest:
-    message = pb.ModelInferRequest(model_name="m", raw_input_contents=[np.array([value], np.float32).tobytes()])
-    message.inputs.add(name="X", datatype="FP32", shape=[1, 1])
-    return message
+    return infer_request("m", {"X": np.array([[value]], np.float32)})
 
 
 def executions(server) -> int:
@@ -37,7 +36,7 @@ def begin(server, *values: float) -> list:
 
 
 def answers(calls) -> list[float]:
-    return [float(np.frombuffer(call.result().raw_output_contents[0], np.float32)[0]) for call in calls]
+    return [answer_arrays(call.result())["Y"].item() for call in calls]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from sluice_client import operations
 from sluice_client.cli import (
     DONE,
     FAILED,
-    add_input_options,
+    add_request_options,
     command_parser,
     read_inputs,
     read_tls,
@@ -46,10 +46,7 @@ LEAST_SHARE: Final = 1 / 64
 def load(argv: list[str]) -> int:
     """Load a model at a rate, whatever it answers, or find the highest rate that keeps objectives."""
     parser = command_parser("load", load)
-    parser.add_argument("model", metavar="MODEL")
-    add_input_options(parser)
-    parser.add_argument("--output", action="append", metavar="NAME", help="a wanted output; all without it")
-    parser.add_argument("--model-version", default="", metavar="N", help="the model version; the newest without it")
+    add_request_options(parser)
     options.add_options(parser)
     return run_command(parser, argv, _load, options.DEADLINE_S)
 
