@@ -85,6 +85,11 @@ def at_random(rate: float, over_s: float) -> list[float]:
     return list(takewhile(lambda time_s: time_s < over_s, arrivals(Constant(rate), exponential(seed=0))))
 
 
+def objective(slo_s: float) -> str:
+    """What gives a model this objective, in its configuration."""
+    return f'parameters {{ key: "slo_p99_ms" value {{ string_value: "{slo_s * 1e3:.0f}" }} }}'
+
+
 def open_load(
     address: str, request: bytes, times_s: Iterable[float], deadline_s: float, connecting: bytes | None = None
 ) -> Run:

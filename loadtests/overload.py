@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtests import h2load, processes, server_traces, timed
-from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, open_load
+from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, objective, open_load
 from loadtests.h2load import Load
 from loadtests.peers import METHOD, probe
 from loadtests.processes import ServerProcess
@@ -59,9 +59,8 @@ class Overload(Experiment):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         batching = f"max_batch_size: {ROWS}\ndynamic_batching {{ }}"
-        objective = f'parameters {{ key: "slo_p99_ms" value {{ string_value: "{SLO_S * 1e3:.0f}" }} }}'
         place.write("static", RUN, batching)
-        place.write("objective", RUN, f"{batching}\n{objective}")
+        place.write("objective", RUN, f"{batching}\n{objective(SLO_S)}")
 
     def measure(self) -> Outcome:
         """Some three seconds more than the open loop takes."""

@@ -9,7 +9,7 @@ capacity.
 from dataclasses import dataclass
 
 from loadtests import processes, timed
-from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, open_load
+from loadtests.experiment import OURS, Experiment, Figure, Outcome, Place, Promise, at_random, objective, open_load
 from loadtests.h2load import LoadError
 from loadtests.processes import ServerProcess
 from loadtests.timed import Times
@@ -69,8 +69,7 @@ class Steps(Experiment):
         for size in GRID:
             policy = f"default_queue_policy {{ max_queue_size: {size} }}"
             place.write(_static(size), RUN, f"max_batch_size: {size}\ndynamic_batching {{ {policy} }}")
-        objective = f'parameters {{ key: "slo_p99_ms" value {{ string_value: "{SLO_S * 1e3:.0f}" }} }}'
-        place.write("objective", RUN, f"max_batch_size: {ROWS}\ndynamic_batching {{ }}\n{objective}")
+        place.write("objective", RUN, f"max_batch_size: {ROWS}\ndynamic_batching {{ }}\n{objective(SLO_S)}")
 
     def measure(self) -> Outcome:
         """Seven loads: those of the grid a quarter of a measurement each, the others two fifths."""

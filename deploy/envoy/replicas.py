@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from deploy.envoy.bootstrap import UNIX_PREFIX, Upstream, Variant
-from deploy.envoy.sidecar import SidecarError, sidecar
+from deploy.envoy.sidecar import SidecarError, sidecar, wait_or_kill
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,11 +95,7 @@ class Replica:
 
     def join(self) -> None:
         """Wait for its end."""
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        wait_or_kill(self._process, STOP_S)
         if self._keeper is not None:
             self._keeper.join()
 

@@ -64,6 +64,15 @@ def validate(config: Path) -> None:
         raise SidecarError(f"{config} is no good: {done.stderr.strip() or done.stdout.strip()}")
 
 
+def wait_or_kill(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Wait for the end of a process that was asked for it, and bring that about when it takes longer."""
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class Sidecar:
     """A running Envoy: `address` takes gRPC, REST and JSON, `readiness` GET /ready, `admin` the admin interface."""
 
@@ -120,11 +129,7 @@ class Sidecar:
     def close(self) -> None:
         """End the process at once; calls in flight are cut."""
         self._process.terminate()
-        try:
-            self._process.wait(ANSWER_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        wait_or_kill(self._process, ANSWER_S)
 
     def _hosts(self, cluster: str) -> list[dict[str, Any]]:
         clusters = json.loads(self.get("/clusters?format=json"))["cluster_statuses"]

@@ -56,24 +56,21 @@ def test_a_model_that_cannot_batch_says_which_tensor_keeps_it_from_that(reposito
     assert is_said(said["fixed"], "dynamic_batching: none")
 
 
-def test_a_model_that_splits_requests_says_so(repository, checked):
-    more = 'parameters { key: "split_requests" value { string_value: "true" } }'
-    models.write_model(repository, "split", models.identity(), max_batch_size=4, more=more)
-    models.write_model(repository, "whole", models.identity(), max_batch_size=4)
+@pytest.mark.parametrize(
+    ("parameter", "value", "line"),
+    [
+        ("split_requests", "true", "split_requests: requests of more than 4 rows are queued in parts"),
+        ("merge_requests", "false", "merge_requests: each request is its own execution"),
+    ],
+)
+def test_a_model_with_a_parameter_about_its_requests_says_so_and_no_other(repository, checked, parameter, value, line):
+    more = f'parameters {{ key: "{parameter}" value {{ string_value: "{value}" }} }}'
+    models.write_model(repository, "with", models.identity(), max_batch_size=4, more=more)
+    models.write_model(repository, "without", models.identity(), max_batch_size=4)
     code, said = checked()
     assert code == 0
-    assert is_said(said["split"], "split_requests: requests of more than 4 rows are queued in parts")
-    assert not is_said(said["whole"], "split_requests")
-
-
-def test_a_model_whose_requests_are_not_merged_says_so(repository, checked):
-    more = 'parameters { key: "merge_requests" value { string_value: "false" } }'
-    models.write_model(repository, "single", models.identity(), max_batch_size=4, more=more)
-    models.write_model(repository, "merged", models.identity(), max_batch_size=4)
-    code, said = checked()
-    assert code == 0
-    assert is_said(said["single"], "merge_requests: each request is its own execution")
-    assert not is_said(said["merged"], "merge_requests")
+    assert is_said(said["with"], line)
+    assert not is_said(said["without"], parameter)
 
 
 def test_broken_models_are_marked_and_the_others_still_checked(repository, checked):

@@ -21,10 +21,6 @@ def request(value: float) -> pb.ModelInferRequest:
     return infer_request("m", {"X": np.array([[value]], np.float32)})
 
 
-def executions(server) -> int:
-    return server.call("ModelStatistics", pb.ModelStatisticsRequest(name="m")).model_stats[0].execution_count
-
-
 def begin(server, *values: float) -> list:
     """Calls under way, of which the last one waits in the queue."""
     calls = []
@@ -64,7 +60,7 @@ def run_four_together(server) -> None:
         calls = [first, *begin(server, 2, 3, 4, 5)]
         session.release()
         assert answers(calls) == [1, 2, 3, 4, 5]
-    assert executions(server) == 2
+    assert server.executions("m") == 2
 
 
 def test_after_a_full_run_the_first_who_come_back_wait_for_the_last(start_patient):
@@ -73,7 +69,7 @@ def test_after_a_full_run_the_first_who_come_back_wait_for_the_last(start_patien
     calls = begin(server, 6, 7, 8)
     calls.append(server.begin("ModelInfer", request(9)))
     assert answers(calls) == [6, 7, 8, 9]
-    assert executions(server) == 3
+    assert server.executions("m") == 3
 
 
 def test_a_server_that_ends_waits_for_nobody(start_patient):

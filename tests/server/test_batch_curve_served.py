@@ -26,13 +26,9 @@ def request(*values: float) -> pb.ModelInferRequest:
     return message
 
 
-def executions(server) -> int:
-    return server.call("ModelStatistics", pb.ModelStatisticsRequest(name="m")).model_stats[0].execution_count
-
-
 def run_together(server) -> int:
     """How many executions it takes to answer requests of which all but the first wait together."""
-    before = executions(server)
+    before = server.executions("m")
     with held(server.model("m")) as session:
         calls = [server.begin("ModelInfer", request(0.0))]
         session.wait_for_runs(1)
@@ -41,7 +37,7 @@ def run_together(server) -> int:
         session.release()
         got = [float(np.frombuffer(call.result().raw_output_contents[0], np.float32)[0]) for call in calls]
     assert got == [float(number) for number in range(REQUESTS)]
-    return executions(server) - before
+    return server.executions("m") - before
 
 
 def metrics(server) -> dict[str, float]:
@@ -77,7 +73,7 @@ def test_one_request_may_have_more_rows_than_are_merged(repository, start_server
     values = [float(number) for number in range(LARGEST)]
     answer = server.infer(request(*values))
     assert np.frombuffer(answer.raw_output_contents[0], np.float32).tolist() == values
-    assert executions(server) == 1
+    assert server.executions("m") == 1
     code, text = server.refusal("ModelInfer", request(*values, 9.0))
     assert (code.name, "4" in text) == ("INVALID_ARGUMENT", True)
 

@@ -31,11 +31,6 @@ def answers(server, inputs: list[np.ndarray]) -> list[np.ndarray]:
     return [np.frombuffer(item.raw_output_contents[0], np.float32).reshape(item.outputs[0].shape) for item in results]
 
 
-def executions(server) -> int:
-    statistics = server.call("ModelStatistics", pb.ModelStatisticsRequest(name="m"))
-    return statistics.model_stats[0].execution_count
-
-
 def index_entry(server) -> pb.RepositoryIndexResponse.ModelIndex:
     (entry,) = server.call("RepositoryIndex", pb.RepositoryIndexRequest()).models
     return entry
@@ -56,10 +51,10 @@ def test_a_model_that_mixes_rows_runs_each_request_alone_and_says_why(repository
     assert (entry.state, entry.reason.startswith(why)) == ("READY", True)
     metadata = server.call("ModelMetadata", pb.ModelMetadataRequest(name="m"))
     assert metadata.properties["batch_proof"].startswith("unsafe: rows give other outputs beside others than alone")
-    assert executions(server) == 0
+    assert server.executions("m") == 0
     for answer in answers(server, rows(REQUESTS)):
         np.testing.assert_array_equal(answer, np.zeros_like(answer))  # less the mean of itself alone
-    assert executions(server) == REQUESTS
+    assert server.executions("m") == REQUESTS
 
 
 def test_a_client_may_send_several_rows_of_its_own_all_the_same(repository, start_server):
@@ -81,7 +76,7 @@ def test_rows_that_are_kept_apart_share_batches_and_nothing_is_said(repository, 
     sent = rows(REQUESTS)
     for answer, values in zip(answers(server, sent), sent, strict=True):
         np.testing.assert_array_equal(answer, values)
-    assert executions(server) == 2  # the first, and all that waited for it
+    assert server.executions("m") == 2  # the first, and all that waited for it
 
 
 def test_a_configuration_can_have_it_merged_all_the_same(repository, start_server):
@@ -90,7 +85,7 @@ def test_a_configuration_can_have_it_merged_all_the_same(repository, start_serve
     server = start_server(repository)
     assert index_entry(server).reason == ""
     answers(server, rows(REQUESTS))
-    assert executions(server) == 2
+    assert server.executions("m") == 2
 
 
 def test_a_value_that_there_is_not_keeps_the_model_from_loading(repository, start_server):

@@ -105,6 +105,11 @@ class RunningServer:
             return error.code(), error.details()
         raise AssertionError(f"{method} was answered: {answer}")
 
+    def executions(self, model: str) -> int:
+        """How many runs ModelStatistics tells of a model with one version."""
+        (found,) = self.call("ModelStatistics", pb.ModelStatisticsRequest(name=model)).model_stats
+        return found.execution_count
+
     def model(self, name: str) -> ServedModel:
         """The served model itself, for its queue and its counters."""
         return self.server.manager.find(name, "")
