@@ -152,12 +152,7 @@ def _target(scenario: Scenario, options: argparse.Namespace, scratch: Path) -> I
     port = free_port()
     flags = (f"--metrics-port={port}", "--metrics-address=127.0.0.1", *scenario.server.flags)
     with sluice(scenario.server.repository, scratch, options.transport, *flags) as server:
-        yield Target(
-            f"127.0.0.1:{server.port}",
-            f"127.0.0.1:{server.http_port}",
-            f"http://127.0.0.1:{port}/metrics",
-            server.pid,
-        )
+        yield Target(server.address, server.http_address, f"http://127.0.0.1:{port}/metrics", server.pid)
 
 
 def run_once(way: str, scenario: Scenario, target: Target, address: str, http_address: str, scratch: Path) -> Run:

@@ -174,8 +174,10 @@ class SloTuner(RunTimes):
         """
         keeping = [each for each in known if 2 * each[2] <= self._budget_ns]
         if not keeping:
-            mostly = [each for each in known if 2 * each[1] <= self._budget_ns and known[0][0] == 1]
-            rows, median_ns, _ = max(mostly, key=lambda each: each[0] / each[1], default=(1, known[0][2], 0))
+            mostly = [each for each in known if 2 * each[1] <= self._budget_ns]
+            if not mostly or known[0][0] > 1:
+                return 1, known[0][2]
+            rows, median_ns, _ = max(mostly, key=lambda each: each[0] / each[1])
             return rows, median_ns
         best_rate = max(rows / median_ns for rows, median_ns, _ in keeping)
         best = [each for each in keeping if each[0] / each[1] >= SAME_RATE * best_rate][-1]
