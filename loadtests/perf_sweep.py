@@ -177,7 +177,7 @@ def _server(args: argparse.Namespace) -> Iterator[Endpoint]:
         repository = Path(scratch) / "models"
         generate(MODEL, repository)
         with processes.sluice(repository, Path(scratch), args.transport, "--allow-client-shm") as server:
-            yield Endpoint(f"127.0.0.1:{server.port}", f"127.0.0.1:{server.http_port}")
+            yield Endpoint(server.address, server.http_address)
 
 
 def measure(program: str, endpoint: Endpoint, name: str, concurrency: int, args: argparse.Namespace) -> Run:

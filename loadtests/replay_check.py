@@ -105,7 +105,7 @@ def _replayed(capture: Capture, repository: Path, scratch: Path, transport: str,
     verdicts = []
     with processes.sluice(repository, scratch, transport) as server:
         for _ in range(rounds):
-            replayed = run_precisely(replay(capture, f"127.0.0.1:{server.port}", speed=1.0, deadline_s=DEADLINE_S))
+            replayed = run_precisely(replay(capture, server.address, speed=1.0, deadline_s=DEADLINE_S))
             verdicts.append(judge(capture.requests, recorded(capture), replayed))
             print(as_text(verdicts[-1], capture), end="\n\n", flush=True)
     return verdicts
