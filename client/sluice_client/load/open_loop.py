@@ -125,12 +125,44 @@ class _Log:
         return Run(records, Generator(lag_p99_s, cpu_share, self._most_in_flight, self._not_sent))
 
 
-class Sender:
+class Connections:
+    """The client's channels to some endpoints, each as often as asked for: to be used, and closed, on one event loop.
+
+    Raises InvalidRequest when an endpoint cannot be used.
+    """
+
+    def __init__(self, endpoints: str | Sequence[str], tls: Tls | None, connections: int = 1) -> None:
+        parsed = parse_endpoints(endpoints, tls=tls is not None)
+        self._endpoints = len(parsed)
+        self._channels = [Channels(grpc.aio, parsed, tls, ()) for _ in range(connections)]
+
+    def _callables(self, method: str) -> list[Any]:
+        """A method on each of the channels, endpoint by endpoint."""
+        return [channels.callable(index, method) for channels in self._channels for index in range(self._endpoints)]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for channels in self._channels:
+            for channel in channels.close():
+                await channel.close()
+
+
+async def ask(call: Any, message: bytes, timeout_s: float, metadata: Metadata = ()) -> tuple[int, bytes]:
+    """The gRPC status number that a call ends with, and its answer, which is empty unless that is OK."""
+    try:
+        answer: bytes = await call(message, timeout=timeout_s, metadata=metadata)
+    except grpc.aio.AioRpcError as error:
+        return error.code().value[0], b""
+    return OK, answer
+
+
+class Sender(Connections):
     """Sends prepared ModelInfer requests over the client's channels, in turns: no retry, no look at the answer.
 
     `endpoints`, `tls`, `metadata`: as Client's. `requests`: serialised ModelInferRequests, sent over and over.
-    `deadline_s`: of each request. `connections`: channels to each endpoint. To be used, and closed, on one event loop.
-    Raises InvalidRequest when an endpoint cannot be used.
+    `deadline_s`: of each request. `connections`: channels to each endpoint.
     """
 
     def __init__(
@@ -143,11 +175,8 @@ class Sender:
         metadata: Metadata = (),
         connections: int = 1,
     ) -> None:
-        parsed = parse_endpoints(endpoints, tls=tls is not None)
-        self._channels = [Channels(grpc.aio, parsed, tls, ()) for _ in range(connections)]
-        self._calls = [
-            channels.callable(index, "ModelInfer") for channels in self._channels for index in range(len(parsed))
-        ]
+        super().__init__(endpoints, tls, connections)
+        self._calls = self._callables("ModelInfer")
         self._requests = tuple(requests)
         self._deadline_s = deadline_s
         self._metadata = metadata
@@ -163,17 +192,5 @@ class Sender:
         await asyncio.gather(*(self._outcome(call, self._requests[0]) for call in self._calls))
 
     async def _outcome(self, call: Any, request: bytes) -> int:
-        try:
-            await call(request, timeout=self._deadline_s, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            code: int = error.code().value[0]
-            return code
-        return OK
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for channels in self._channels:
-            for channel in channels.close():
-                await channel.close()
+        code, _ = await ask(call, request, self._deadline_s, self._metadata)
+        return code

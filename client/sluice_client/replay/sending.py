@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
-import grpc.aio
 import numpy as np
 
-from sluice_client.channels import Channels
-from sluice_client.endpoints import parse_endpoints
-from sluice_client.load.latencies import NOT_SENT, OK, quantile
-from sluice_client.load.open_loop import Run, send_at
+from sluice_client.load.latencies import NOT_SENT, quantile
+from sluice_client.load.open_loop import Connections, Run, ask, send_at
 from sluice_client.replay.differences import Answer
 from sluice_client.settings import MAX_DEADLINE_S
 from sluice_proto.capture import NS_PER_S
@@ -55,7 +52,7 @@ async def replay(
         return Replayed(run, sender.answers)
 
 
-class _Sender:
+class _Sender(Connections):
     """As `open_loop.Sender`, but for requests that each have a deadline and whose answers count."""
 
     def __init__(
@@ -66,41 +63,24 @@ class _Sender:
         deadline_s: float,
         tls: Tls | None,
     ) -> None:
-        parsed = parse_endpoints(endpoints, tls=tls is not None)
-        self._channels = Channels(grpc.aio, parsed, tls, ())
-        self._calls = [self._channels.callable(index, "ModelInfer") for index in range(len(parsed))]
+        super().__init__(endpoints, tls)
+        self._calls = self._callables("ModelInfer")
         self._requests = requests
         self._deadline_s = deadline_s
         self.answers = [_UNSENT] * len(requests)
 
     async def connect(self) -> None:
         """Have the connections made, so that no request waits for one; who cannot be reached shows in the answers."""
-        for index in range(len(self._calls)):
-            call = self._channels.callable(index, "ServerLive")
-            try:
-                await call(ServerLiveRequest().SerializeToString(), timeout=self._deadline_s)
-            except grpc.aio.AioRpcError:
-                continue
+        for call in self._callables("ServerLive"):
+            await ask(call, ServerLiveRequest().SerializeToString(), self._deadline_s)
 
     async def __call__(self, number: int) -> int:
         """Send request `number`; its gRPC status number."""
         request = self._requests[number]
         own_s = min(request.deadline_ns / NS_PER_S, MAX_DEADLINE_S)
         timeout_s = own_s or self._deadline_s
-        try:
-            response: bytes = await self._calls[number % len(self._calls)](bytes(request.request), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            code: int = error.code().value[0]
-            self.answers[number] = Answer(code)
-            return code
+        code, response = await ask(self._calls[number % len(self._calls)], bytes(request.request), timeout_s)
         # Most answers are what was captured, which is in a file already: memory is for the others.
         same = response == bytes(request.response)
-        self.answers[number] = Answer(OK, request.response if same else response)
-        return OK
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for channel in self._channels.close():
-            await channel.close()
+        self.answers[number] = Answer(code, request.response if same else response)
+        return code
