@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, TextIO
 
 from sluice_server.errors import SluiceError
 from sluice_server.execution import runtime
-from sluice_server.execution.loader import Host, PreparedModel, prepare
+from sluice_server.execution.host import Host
 from sluice_server.execution.merging import MERGE
 from sluice_server.execution.options import describe
+from sluice_server.execution.preparation import PreparedModel, prepare
 from sluice_server.execution.split import SPLIT
 from sluice_server.repository.autocomplete import normalize
 from sluice_server.repository.config import read_config
@@ -114,10 +115,10 @@ def _decisions(written: ModelConfig | None, prepared: PreparedModel) -> Iterator
         yield f"{MERGE}: each request is its own execution; what dynamic_batching says of the queue holds"
     if prepared.splits:
         yield f"{SPLIT}: requests of more than {prepared.config.max_batch_size} rows are queued in parts, answered once"
-    if prepared.proof is not None:
-        yield f"batch proof: {prepared.proof}"
-    if prepared.curve is not None:
-        yield f"batch curve: {prepared.curve}"
+    if prepared.findings.proof is not None:
+        yield f"batch proof: {prepared.findings.proof}"
+    if prepared.findings.curve is not None:
+        yield f"batch curve: {prepared.findings.curve}"
     if prepared.notice:
         yield prepared.notice
     for group in prepared.groups:

@@ -18,9 +18,9 @@ from manager.manager_fakes import FakeLoader, World
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_proto.model_config_pb2 import ModelConfig
 from sluice_server.errors import SluiceError
-from sluice_server.execution.loader import _placements
 from sluice_server.execution.options import plan_options
 from sluice_server.execution.parameters import parameter_values
+from sluice_server.execution.placement import placements
 from sluice_server.execution.providers import choose_providers
 from sluice_server.execution.threads import plan_threads
 from sluice_server.graph import GraphSignature, TensorSpec
@@ -68,7 +68,7 @@ def plan(written: ModelConfig | None, signature: GraphSignature, directory: Path
         assert all(explain_ensemble(config, config, [ModelConfig()] * len(config.ensemble_scheduling.step)))
         assert normalize(config, name=name) == config
         return config
-    for device, members in _placements(config).items():
+    for device, members in placements(config).items():
         kind, group = members[0].kind, members[0].name
         providers = choose_providers(config, kind, max(device, 0), PROVIDERS, 0, group=group)
         threads = plan_threads(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ServedModel(Served):
-    """A loaded version of a model, ready to take requests from any thread. Made by `loader.load`, started once."""
+    """A loaded version of a model, ready to take requests from any thread. Made by the loader, started once."""
 
     def __init__(
         self,
