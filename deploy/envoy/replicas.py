@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import signal
-import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -20,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from deploy.envoy.bootstrap import UNIX_PREFIX, Upstream, Variant
-from deploy.envoy.sidecar import SidecarError, sidecar, wait_or_kill
+from deploy.envoy.sidecar import SidecarError, sidecar
+from deploy.processes import LOOPBACK, SLUICE, STOP_TIMEOUT_S, free_port, wait_or_kill
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
     from deploy.envoy.sidecar import Sidecar
 
 MODELS: Final = Path(__file__).resolve().parents[1] / "models"
-SLUICE: Final = Path(sysconfig.get_path("scripts")) / "sluice"
-
-STOP_S: Final = 40.0
-"""What was accepted gets 30 seconds after SIGTERM by default."""
 
 PAUSE_S: Final = 5.0
 """Before a server that has failed is started again: it may fail again at once."""
@@ -46,7 +41,7 @@ class Replica:
 
     def __init__(self, number: int, repository: Path, folder: Path) -> None:
         self.number = number
-        self.upstream = Upstream(f"{UNIX_PREFIX}{folder / f'{number}.sock'}", f"127.0.0.1:{_free_port()}")
+        self.upstream = Upstream(f"{UNIX_PREFIX}{folder / f'{number}.sock'}", f"{LOOPBACK}:{free_port()}")
         host, _, port = self.upstream.rest.rpartition(":")
         self._command = [
             str(SLUICE), "serve", f"--model-repository={repository}", f"--grpc-address={self.upstream.grpc}",
@@ -95,7 +90,7 @@ class Replica:
 
     def join(self) -> None:
         """Wait for its end."""
-        wait_or_kill(self._process, STOP_S)
+        wait_or_kill(self._process, STOP_TIMEOUT_S)
         if self._keeper is not None:
             self._keeper.join()
 
@@ -185,13 +180,6 @@ def _tell(envoy: Sidecar, replicas: Sequence[Replica], folder: Path) -> None:
         sep="\n",
         flush=True,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from deploy.envoy.bootstrap import bootstrap
+from deploy.processes import wait_or_kill
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,15 +63,6 @@ def validate(config: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)  # noqa: S603
     if done.returncode:
         raise SidecarError(f"{config} is no good: {done.stderr.strip() or done.stdout.strip()}")
-
-
-def wait_or_kill(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Wait for the end of a process that was asked for it, and bring that about when it takes longer."""
-    try:
-        process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 class Sidecar:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sysconfig
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 from fake_server import FakeServer, Fault
 from grpc import StatusCode
 
+from deploy.processes import SLUICE
 from sluice_client import InvalidRequest
 from sluice_client.cli import main
 from sluice_client.load.cli import cut_rows, lag_limit_s
@@ -23,6 +22,7 @@ from support.models import slow, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     Run = Callable[..., tuple[int, str, str]]
 
@@ -190,8 +190,7 @@ def test_the_capacity_of_a_real_server_is_near_one_over_its_service_time(start_s
     write_model(repository, "slow", slow(4000))
     server = start_server(repository)
     options = "--find-capacity --json --slo errors=5% --deadline 3 --window 0.2 --warmup 0.2 --precision 0.4"
-    program = Path(sysconfig.get_path("scripts")) / "sluice"
-    command = [program, "load", "slow", "--endpoint", server.target, "--input", "X=[[1]]", *options.split()]
+    command = [SLUICE, "load", "slow", "--endpoint", server.target, "--input", "X=[[1]]", *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     found = json.loads(done.stdout)
     assert (done.returncode, found["end"]) == (0, "found"), done.stderr

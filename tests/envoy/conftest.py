@@ -1,22 +1,18 @@
-"""Makes the folder deploy importable, which is never installed; a server behind Envoy that tests share."""
+"""A server behind Envoy that tests share, and what starts others."""
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
 from edges import Edge, edge_of, need_envoy, serving, socket_folder
 
 from support import models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from support.server import RunningServer
 

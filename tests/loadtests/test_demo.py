@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_demo_classifies_the_test_digits_as_scikit_learn_does_and_ends() -> None:
-    done = subprocess.run([sys.executable, str(DEMO)], capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-m", "deploy.demo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
     assert done.returncode == 0, done.stderr
     facts = dict(re.findall(r"^(\S.*?)  +(\S.*)$", done.stdout, re.MULTILINE))

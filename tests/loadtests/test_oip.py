@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.processes import free_port
 from loadtests import bench, oip, processes
 from loadtests.h2load import LoadError
 from loadtests.models import generate
@@ -49,7 +50,7 @@ def test_two_columns_have_no_common_name(names: list[str], capsys: pytest.Captur
 def test_a_peer_that_is_not_there_ends_the_run_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    port = processes.free_port()
+    port = free_port()
     results = tmp_path / "results.json"
     assert bench.main(["--quick", "--peer", f"triton=127.0.0.1:{port}", "--json", str(results)]) == 1
     assert f"--peer triton: 127.0.0.1:{port} does not answer ServerLive: UNAVAILABLE" in capsys.readouterr().err

@@ -5,25 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sysconfig
 import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.processes import SLUICE, START_TIMEOUT_S
 from support.fakes import eventually
 
 if TYPE_CHECKING:
     import signal
     from collections.abc import Iterator
-
-PROGRAM = Path(sysconfig.get_path("scripts")) / "sluice"
-
-START_S = 60.0
-"""A server of tiny models is up in two seconds; a busy machine may need many times that."""
 
 FREE_PORTS = ("--grpc-port=0", "--http-port=0", "--metrics-port=0")
 LOOPBACK = ("--grpc-address=127.0.0.1", "--http-address=127.0.0.1")
@@ -33,7 +27,7 @@ class ServeProcess:
     """A running `sluice serve` with JSON logs; every line that it writes to standard error must be one record."""
 
     def __init__(self, *flags: str) -> None:
-        command = [str(PROGRAM), "serve", *FREE_PORTS, *LOOPBACK, "--log-format=json", *flags]
+        command = [str(SLUICE), "serve", *FREE_PORTS, *LOOPBACK, "--log-format=json", *flags]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
         self._changed = threading.Condition()
@@ -63,7 +57,7 @@ class ServeProcess:
     def wait_for(self, message: str) -> dict[str, Any]:
         """The first record with this message; AssertionError when the process ends without it."""
         with self._changed:
-            self._changed.wait_for(lambda: message in self.messages() or self._closed, START_S)
+            self._changed.wait_for(lambda: message in self.messages() or self._closed, START_TIMEOUT_S)
             assert message in self.messages(), self.lines
         return next(record for record in self.records if record["message"] == message)
 
@@ -72,8 +66,8 @@ class ServeProcess:
 
     def wait(self) -> int:
         """The exit status; everything that was written has been read by then."""
-        code = self._process.wait(START_S)
-        self._reader.join(START_S)
+        code = self._process.wait(START_TIMEOUT_S)
+        self._reader.join(START_TIMEOUT_S)
         return code
 
     def stdout(self) -> str:
@@ -109,7 +103,7 @@ class Addresses:
     def http_status(self, path: str) -> int:
         """The HTTP status of a GET; 0 when nobody listens any more."""
         try:
-            with urllib.request.urlopen(self.http + path, timeout=START_S) as answer:
+            with urllib.request.urlopen(self.http + path, timeout=START_TIMEOUT_S) as answer:
                 status: int = answer.status
                 return status
         except urllib.error.HTTPError as error:
@@ -120,7 +114,7 @@ class Addresses:
 
     def pending(self, model: str) -> int:
         """Requests of a model that are accepted and do not run yet."""
-        with urllib.request.urlopen(self.metrics, timeout=START_S) as answer:
+        with urllib.request.urlopen(self.metrics, timeout=START_TIMEOUT_S) as answer:
             text = answer.read().decode()
         start = f'nv_inference_pending_request_count{{model="{model}",'
         return next(int(line.split()[-1]) for line in text.splitlines() if line.startswith(start))
