@@ -47,6 +47,10 @@ def measure(scenario: Scenario, outcome: Outcome, series: Series) -> Measured:
     response, answered, requests = Quantiles.of(records.response_s), len(records.response_s), len(records)
     sent = len(records.lag_s)
     cpu_s, rss_bytes = series.cpu_between(0.0, over_s), series.most_rss_bytes(0.0, over_s)
+
+    def us_per_request(used_s: float | None) -> float | None:
+        return used_s * 1e6 / sent if used_s is not None and sent else None
+
     return Measured(
         p50_ms=_ms(response.p50_s),
         p95_ms=_ms(response.p95_s),
@@ -58,10 +62,11 @@ def measure(scenario: Scenario, outcome: Outcome, series: Series) -> Measured:
         lone_p50_ms=_ms(quantile(outcome.lone_s, 0.5)),
         arrival_error_p99_ms=_ms(quantile(records.lag_s, 0.99)),
         mean_gap_ms=scenario.mean_gap_ms,
-        generator_cpu_us_per_request=outcome.cpu_s * 1e6 / sent if sent else None,
-        server_cpu_us_per_request=None if cpu_s is None or not sent else cpu_s * 1e6 / sent,
+        generator_cpu_us_per_request=us_per_request(outcome.cpu_s),
+        server_cpu_us_per_request=us_per_request(cpu_s),
         server_cpu_cores=None if cpu_s is None else cpu_s / over_s,
         server_rss_mib=None if rss_bytes is None else rss_bytes / 2**20,
+        envoy_cpu_us_per_request=us_per_request(series.envoy_cpu_between(0.0, over_s)),
     )
 
 

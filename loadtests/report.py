@@ -63,13 +63,21 @@ def objective_rows(verdicts: Sequence[Verdict], runs: Sequence[Run]) -> Rows:
 
 
 def way_rows(runs: Sequence[Run]) -> Rows:
-    """What the second way to the server adds to the first, by quantile of the response time."""
+    """What the second way to the server adds to the first: response time by quantile, and CPU per request."""
     first, second = (Quantiles.of(run.outcome.records.response_s) for run in runs)
-    rows: Rows = [("response time, ms", runs[0].way, runs[1].way, "added")]
-    names = ("p50", "p95", "p99", "p99.9", "largest")
+    rows: Rows = [("measured", runs[0].way, runs[1].way, "added")]
+    names = ("p50", "p95", "p99", "p99.9", "max")
     for name, one, other in zip(names, _values(first), _values(second), strict=True):
-        rows.append((name, plain(one * 1e3), plain(other * 1e3), plain((other - one) * 1e3)))
+        rows.append(_compared(f"response time {name}, ms", one * 1e3, other * 1e3))
+    server_us = (run.measured.server_cpu_us_per_request for run in runs)
+    envoy_us = plain(runs[1].measured.envoy_cpu_us_per_request)
+    rows.append(_compared("server CPU per request, us", *server_us))
+    rows.append(("Envoy's CPU per request, us", plain(None), envoy_us, envoy_us))
     return rows
+
+
+def _compared(what: str, one: Value, other: Value) -> tuple[str, ...]:
+    return what, plain(one), plain(other), plain(None if one is None or other is None else other - one)
 
 
 def kind_rows(scenario: Scenario, run: Run) -> Rows:

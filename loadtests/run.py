@@ -59,6 +59,16 @@ class Target:
     pid: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to a server: HOST:PORT of gRPC and of REST, and the process of Envoy if there is one on it."""
+
+    name: str
+    address: str
+    http_address: str
+    envoy_pid: int | None = None
+
+
 class LoadTestError(Exception):
     """No load was sent; the text says what to do."""
 
@@ -131,7 +141,7 @@ def run_all(scenario: Scenario, options: argparse.Namespace) -> list[Run]:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sluice-loadtest-")))
         target = stack.enter_context(_target(scenario, options, scratch))
-        runs = [run_once(DIRECT, scenario, target, target.address, target.http_address, scratch)]
+        runs = [run_once(Way(DIRECT, target.address, target.http_address), scenario, target, scratch)]
         if options.via == ENVOY:
             variant = Variant(
                 (Upstream(target.address, target.http_address),),
@@ -140,7 +150,8 @@ def run_all(scenario: Scenario, options: argparse.Namespace) -> list[Run]:
             )
             envoy = stack.enter_context(sidecar(variant))
             envoy.wait_until_healthy(1)
-            runs.append(run_once(f"via {ENVOY}", scenario, target, envoy.address, envoy.address, scratch))
+            way = Way(f"via {ENVOY}", envoy.address, envoy.address, envoy.pid)
+            runs.append(run_once(way, scenario, target, scratch))
     return runs
 
 
@@ -156,12 +167,13 @@ def _target(scenario: Scenario, options: argparse.Namespace, scratch: Path) -> I
         yield Target(server.address, server.http_address, f"http://127.0.0.1:{port}/metrics", server.pid)
 
 
-def run_once(way: str, scenario: Scenario, target: Target, address: str, http_address: str, scratch: Path) -> Run:
-    """The load on one way; the server's process and metrics are looked at meanwhile. LoadFailed when it fails."""
-    print(f"{scenario.name}, {way}: {len(scenario.times_s):,} requests in {scenario.duration_s:g} s", file=sys.stderr)
-    with ServerWatch(target.pid, target.metrics_url) as watch:
-        outcome = send(scenario, address, http_address, scratch)
-    return make_run(way, scenario, outcome, Series.of(watch.samples, outcome.started_at_s))
+def run_once(way: Way, scenario: Scenario, target: Target, scratch: Path) -> Run:
+    """The load on one way; the server, and Envoy, are looked at meanwhile. LoadFailed when it fails."""
+    requests = len(scenario.times_s)
+    print(f"{scenario.name}, {way.name}: {requests:,} requests in {scenario.duration_s:g} s", file=sys.stderr)
+    with ServerWatch(target.pid, target.metrics_url, way.envoy_pid) as watch:
+        outcome = send(scenario, way.address, way.http_address, scratch)
+    return make_run(way.name, scenario, outcome, Series.of(watch.samples, outcome.started_at_s))
 
 
 def send(scenario: Scenario, address: str, http_address: str, scratch: Path) -> Outcome:

@@ -1,4 +1,7 @@
-"""Looks at a server while a load goes on: its CPU and memory in /proc, its batches and its queue at /metrics."""
+"""Looks at a server while a load goes on: its CPU and memory in /proc, its batches and its queue at /metrics.
+
+And at the CPU of an Envoy in front of it.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,9 @@ ROWS, BATCHES, PENDING = "nv_inference_count", "nv_inference_exec_count", "nv_in
 class Sample:
     """One look, NaN for what could not be seen.
 
-    `at_s`: seconds since 1970. `cpu_s`: CPU seconds of the process so far. `rss_bytes`: its resident memory. `rows` and
-    `batches`: executed so far, of all models. `pending`: requests that wait.
+    `at_s`: seconds since 1970. `cpu_s`: CPU seconds of the server's process so far. `rss_bytes`: its resident memory.
+    `rows` and `batches`: executed so far, of all models. `pending`: requests that wait. `envoy_cpu_s`: CPU seconds of
+    Envoy's process so far.
     """
 
     at_s: float
@@ -42,6 +46,7 @@ class Sample:
     rows: float
     batches: float
     pending: float
+    envoy_cpu_s: float = np.nan
 
 
 def metric_sums(text: str, names: Sequence[str]) -> Mapping[str, float]:
@@ -57,13 +62,15 @@ def metric_sums(text: str, names: Sequence[str]) -> Mapping[str, float]:
 class ServerWatch:
     """Takes samples in a thread of its own, from entering to leaving; then `samples` has them.
 
-    `pid` is the server's process on this machine and `metrics_url` its metrics, None for what is not at hand. OSError
-    or ValueError of a look that fails is raised on leaving: a server that is not there has no series.
+    `pid` is the server's process on this machine, `metrics_url` its metrics, and `envoy_pid` Envoy's process, None for
+    what is not at hand. OSError or ValueError of a look that fails is raised on leaving: a server that is not there has
+    no series.
     """
 
-    def __init__(self, pid: int | None, metrics_url: str | None) -> None:
+    def __init__(self, pid: int | None, metrics_url: str | None, envoy_pid: int | None = None) -> None:
         self._pid = pid
         self._metrics_url = metrics_url
+        self._envoy_pid = envoy_pid
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look_until_done, name="server-watch", daemon=True)
         self._problem: Exception | None = None
@@ -89,15 +96,17 @@ class ServerWatch:
             self._problem = problem
 
     def _look(self) -> Sample:
-        cpu_s = rss_bytes = np.nan
+        cpu_s = rss_bytes = envoy_cpu_s = np.nan
         if self._pid is not None:
             cpu_s, rss_bytes = read_cpu_s(self._pid), float(read_rss_bytes(self._pid))
+        if self._envoy_pid is not None:
+            envoy_cpu_s = read_cpu_s(self._envoy_pid)
         sums = dict.fromkeys((ROWS, BATCHES, PENDING), np.nan)
         at_s = time.time()
         if self._metrics_url is not None:
             with urllib.request.urlopen(self._metrics_url, timeout=METRICS_TIMEOUT_S) as response:  # noqa: S310
                 sums = dict(metric_sums(response.read().decode(), tuple(sums)))
-        return Sample(at_s, cpu_s, rss_bytes, sums[ROWS], sums[BATCHES], sums[PENDING])
+        return Sample(at_s, cpu_s, rss_bytes, sums[ROWS], sums[BATCHES], sums[PENDING], envoy_cpu_s)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +119,7 @@ class Series:
     rows: Floats
     batches: Floats
     pending: Floats
+    envoy_cpu_s: Floats
 
     @classmethod
     def of(cls, samples: Sequence[Sample], started_at_s: float) -> Self:
@@ -125,13 +135,22 @@ class Series:
             column(lambda sample: sample.rows),
             column(lambda sample: sample.batches),
             column(lambda sample: sample.pending),
+            column(lambda sample: sample.envoy_cpu_s),
         )
 
     def cpu_between(self, first_s: float, last_s: float) -> float | None:
-        """CPU seconds from one time to the other, between samples in a straight line; None where nothing is known."""
-        if not len(self.at_s) or np.isnan(self.cpu_s).any():
+        """The server's CPU seconds from one time to the other; None where nothing is known."""
+        return self._between(self.cpu_s, first_s, last_s)
+
+    def envoy_cpu_between(self, first_s: float, last_s: float) -> float | None:
+        """The same of Envoy."""
+        return self._between(self.envoy_cpu_s, first_s, last_s)
+
+    def _between(self, cpu_s: Floats, first_s: float, last_s: float) -> float | None:
+        """What was used from one time to the other, between samples in a straight line."""
+        if not len(self.at_s) or np.isnan(cpu_s).any():
             return None
-        first, last = np.interp([first_s, last_s], self.at_s, self.cpu_s)
+        first, last = np.interp([first_s, last_s], self.at_s, cpu_s)
         return float(last - first)
 
     def most_rss_bytes(self, first_s: float, last_s: float) -> float | None:

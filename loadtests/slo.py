@@ -24,6 +24,7 @@ class Measured:
     `throughput_per_s`: answers with status OK over the time until the last one. `lone_p50_ms`: of requests one by one.
     `generator_cpu_us_per_request`: of the workers' processes while they sent.
     `server_*`: of the server's process; the CPU while the load went on, in cores and per request, and the most RSS.
+    `envoy_cpu_us_per_request`: of the Envoy on the way to it.
     """
 
     p50_ms: Value
@@ -40,6 +41,7 @@ class Measured:
     server_cpu_us_per_request: Value
     server_cpu_cores: Value
     server_rss_mib: Value
+    envoy_cpu_us_per_request: Value
 
 
 def _ratio(over: Value, under: Value) -> Value:

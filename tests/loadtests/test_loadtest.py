@@ -193,7 +193,17 @@ def test_a_run_through_the_sidecar_shows_what_that_adds(tmp_path):
     ]
     assert result["held_to_objectives"] == "via envoy"
     direct, via = (each["response_ms"]["p50"] for each in result["runs"])
-    row = rf"\| p50 +\| +{plain(direct)} \| +{plain(via)} \| +{plain(via - direct)} \|"
+    row = rf"\| response time p50, ms +\| +{plain(direct)} \| +{plain(via)} \| +{plain(via - direct)} \|"
     assert re.search(row, done.stdout), done.stdout
     (report,) = (tmp_path / "results").glob("*.html")
-    assert "<h2>What the sidecar adds</h2>" in report.read_text()
+    html = report.read_text()
+    assert "<h2>What the sidecar adds</h2>" in html
+
+    without, with_envoy = (each["measured"] for each in result["runs"])
+    assert without["envoy_cpu_us_per_request"] is None
+    assert with_envoy["envoy_cpu_us_per_request"] > 0
+    server_us = [plain(each["server_cpu_us_per_request"]) for each in (without, with_envoy)]
+    envoy_us = plain(with_envoy["envoy_cpu_us_per_request"])
+    assert re.search(rf"\| server CPU per request, us +\| +{server_us[0]} \| +{server_us[1]} \|", done.stdout)
+    assert re.search(rf"\| Envoy's CPU per request, us +\| +- \| +{envoy_us} \| +{envoy_us} \|", done.stdout)
+    assert f"<td>Envoy&#x27;s CPU per request, us</td><td>-</td><td>{envoy_us}</td>" in html

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +59,20 @@ def test_throughput_is_over_the_time_until_the_last_answer(scenario):
 def test_cpu_and_memory_are_those_of_the_load(scenario):
     """Two seconds of load, in which the CPU seconds go from 11 to 12; memory was higher before, and is not counted."""
     looks = series([5, 11, 11.5, 12, 20], [900, 100, 120, 110, 105], started_at_s=1_000.0)
-    looks = Series(looks.at_s - 1, looks.cpu_s, looks.rss_bytes, looks.rows, looks.batches, looks.pending)
+    looks = replace(looks, at_s=looks.at_s - 1)
     found = measure(scenario, outcome([0, 1], [0, 0], [0.1, 0.1], [0, 0]), looks)
     assert found.server_cpu_cores == pytest.approx(0.5)
     assert found.server_cpu_us_per_request == pytest.approx(500_000)
     assert found.server_rss_mib == pytest.approx(120)
+    assert found.envoy_cpu_us_per_request is None
+
+
+def test_envoy_s_cpu_is_that_of_the_load_too(scenario):
+    looks = series([1, 1, 1], [1, 1, 1])
+    looks = replace(looks, envoy_cpu_s=np.array([3.0, 3.5, 4.0]))
+    found = measure(scenario, outcome([0, 1], [0, 0], [0.1, 0.1], [0, 0]), looks)
+    assert found.envoy_cpu_us_per_request == pytest.approx(500_000)
+    assert found.server_cpu_us_per_request == 0
 
 
 def test_nothing_answered_has_no_latency(scenario):

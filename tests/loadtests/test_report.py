@@ -63,7 +63,8 @@ def test_a_bottleneck_on_the_way_that_is_only_compared_with_fails_the_run_too(sc
     assert [each["passed"] for each in result["objectives"]] == [True, True, True]
     assert not result["passed"]
     shown = render_text(scenario, runs, judge(scenario.objectives, runs[-1].measured))
-    assert "| p50               |    501 |         2 |  -499 |" in shown
+    assert "| response time p50, ms       |     501 |         2 |  -499 |" in shown
+    assert "| Envoy's CPU per request, us |       - |         - |     - |" in shown
     assert "FAIL: direct: the generator was the bottleneck: worker 1 sent late" in shown
 
 

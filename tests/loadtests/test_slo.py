@@ -26,6 +26,7 @@ GOOD = Measured(
     server_cpu_us_per_request=200.0,
     server_cpu_cores=0.5,
     server_rss_mib=100.0,
+    envoy_cpu_us_per_request=None,
 )
 
 MEASURED = {

@@ -262,8 +262,8 @@ class _Trial:
         """Run for so long as a whole proof may take: a load does not wait for a run that never ends."""
         if self._stoppable is None:
             return self._session.run(self._outputs.names, dict(feeds))
-        # A timer for each run, and not one for all of them: on a machine that is busy the last one, of all rows together,
-        # may begin late, and were it ended by what the others took, that would pass for a disproof.
+        # A timer for each run, and not one for all: on a busy machine the last one, of all rows together, may begin
+        # late, and were it ended for what the others took, that would pass for a disproof.
         timer = threading.Timer(BUDGET_NS / 1e9, self._stoppable.stop)
         timer.start()
         try:
