@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from loadtests import effort
 from loadtests.effort import Effort
-from loadtests.summary import quantile
-
-GRPC_PREFIX_BYTES = 5
-"""A gRPC message on the wire starts with one flag byte and its length in four (PROTOCOL-HTTP2 of gRPC)."""
+from loadtests.framing import PREFIX_BYTES, frame
+from sluice_client.load.latencies import quantile
 
 TIMEOUT_S = 300.0
 """No measurement takes this long: a generator that still runs is stuck."""
@@ -61,7 +61,7 @@ class Request:
 def grpc_request(method: str, message: bytes, reply_bytes: int) -> Request:
     """A unary call of a method (`service/name`), whose reply is a message of this length."""
     headers = ("content-type: application/grpc", "te: trailers")
-    return Request(method, frame(message), headers, GRPC_PREFIX_BYTES + reply_bytes)
+    return Request(method, frame(message), headers, PREFIX_BYTES + reply_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +101,6 @@ def told_version() -> str:
     return done.stdout.strip()
 
 
-def frame(message: bytes) -> bytes:
-    """The message as gRPC sends it, not compressed."""
-    return b"\x00" + len(message).to_bytes(4, "big") + message
-
-
 def command(
     program: str, address: str, request: Request, load: Load, requests: int, body: Path, log: Path
 ) -> list[str]:
@@ -134,7 +129,7 @@ def parse_report(output: str) -> Report:
 
 
 def parse_log(lines: Iterable[str]) -> tuple[list[int], list[int]]:
-    """When all requests ended and how long they took, in microseconds, each in ascending order, from --log-file.
+    """When all requests ended, in ascending order, and how long they took, in microseconds, from --log-file.
 
     A line is: start in microseconds since the epoch, HTTP status (-1: failed), microseconds until the end.
     """
@@ -143,7 +138,7 @@ def parse_log(lines: Iterable[str]) -> tuple[list[int], list[int]]:
         start, _, latency = line.split("\t")
         latencies_us.append(int(latency))
         ends_us.append(int(start) + int(latency))
-    return sorted(ends_us), sorted(latencies_us)
+    return sorted(ends_us), latencies_us
 
 
 def steady_rate(ends_us: Sequence[int], in_flight: int, elapsed_s: float) -> float:
@@ -182,6 +177,13 @@ def run(address: str, request: Request, load: Load, requests: int, scratch: Path
     check(report, requests, requests * request.answer_bytes)
     with log.open() as lines:
         ends_us, latencies_us = parse_log(lines)
-    p50_us, p99_us = quantile(latencies_us, 0.5), quantile(latencies_us, 0.99)
-    requests_per_s = steady_rate(ends_us, load.in_flight, report.elapsed_s)
-    return Measured(requests, requests_per_s, p50_us / 1e3, p99_us / 1e3, spent)
+    return measured(ends_us, latencies_us, load, report.elapsed_s, spent)
+
+
+def measured(
+    ends_us: Sequence[int], latencies_us: Sequence[int], load: Load, elapsed_s: float, spent: Effort
+) -> Measured:
+    """Of when all requests ended, in ascending order, and how long they took, in microseconds."""
+    latencies_ms = np.array(latencies_us) / 1e3
+    rate = steady_rate(ends_us, load.in_flight, elapsed_s)
+    return Measured(len(ends_us), rate, quantile(latencies_ms, 0.5), quantile(latencies_ms, 0.99), spent)

@@ -4,7 +4,8 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from loadtests import varied
-from loadtests.h2load import GRPC_PREFIX_BYTES, Load, LoadError, Measured
+from loadtests.framing import PREFIX_BYTES
+from loadtests.h2load import Load, LoadError, Measured
 from loadtests.models import BenchModel
 from loadtests.peers import NATIVE, SluiceMeasurement, probe
 from loadtests.processes import ServerProcess
@@ -25,7 +26,7 @@ class LengthsMeasurement(SluiceMeasurement):
             reply = probe(self._server.address, variant.request)
             if not self.model.is_answered_by(reply, variant.answer):
                 raise LoadError(f"the answer of {self.model.name} is not what ONNX Runtime gives to that request alone")
-            self._answer_bytes.append(GRPC_PREFIX_BYTES + len(reply))
+            self._answer_bytes.append(PREFIX_BYTES + len(reply))
         super().prepare(trial_s)
 
     def load_with(self, reply: bytes, requests: int) -> Measured:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from loadtests.summary import quantile
+from sluice_client.load.latencies import quantile
 
 WARMUP_RUNS = 3
 """The first runs allocate memory and pick kernels; the third costs what the hundredth costs."""
@@ -60,14 +60,13 @@ def measure(session: onnxruntime.InferenceSession, batch_rows: int, duration_s: 
         before_ns, now_ns = now_ns, time.perf_counter_ns()
         times_ns.append(now_ns - before_ns)
     cpu_ns = time.process_time_ns() - cpu_started_ns
-    rows = len(times_ns) * batch_rows
-    times_ns.sort()
+    rows, times_ms = len(times_ns) * batch_rows, np.array(times_ns) / 1e6
     return LoopResult(
         batch_rows,
         rows_per_s=rows / (now_ns - started_ns) * 1e9,
         cpu_us_per_row=cpu_ns / 1e3 / rows,
-        run_p50_ms=quantile(times_ns, 0.5) / 1e6,
-        run_p99_ms=quantile(times_ns, 0.99) / 1e6,
+        run_p50_ms=quantile(times_ms, 0.5),
+        run_p99_ms=quantile(times_ms, 0.99),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from loadtests.measuring import end_s
-from sluice_client.load.latencies import NOT_SENT, OK
+from sluice_client.load.latencies import NOT_SENT, OK, quantile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -109,7 +109,7 @@ def _latency_over_time(scenario: Scenario, runs: Sequence[Run]) -> Figure:
     for run, colour in zip(runs, COLOURS, strict=False):
         windows = list(run.outcome.records.windows(0.0, edges[1], len(middles)))
         for share, style in ((0.99, "-"), (0.5, ":")):
-            values = [_quantile_ms(window.response_s, share) for window in windows]
+            values = [quantile(window.response_s, share) * 1e3 for window in windows]
             axes.plot(middles, values, style, color=colour, label=_name(runs, run, f"p{share * 100:g}"))
     _mark_limit(scenario, axes, "p99_ms")
     axes.set_xlim(0.0, scenario.duration_s)
@@ -124,10 +124,6 @@ def _mark_limit(scenario: Scenario, axes: Any, key: str) -> None:
         limit = objective.limit
         if objective.kind.key == key and limit < 3 * axes.get_ylim()[1]:
             axes.axhline(limit, color=BAD, linestyle="--", linewidth=1.0, label=f"objective {key}")
-
-
-def _quantile_ms(values_s: Floats, share: float) -> float:
-    return float(np.quantile(values_s, share, method="inverted_cdf")) * 1e3 if len(values_s) else math.nan
 
 
 def _by_percentile(scenario: Scenario, runs: Sequence[Run]) -> Figure:

@@ -4,7 +4,8 @@ import itertools
 from pathlib import Path
 
 from loadtests import varied
-from loadtests.h2load import GRPC_PREFIX_BYTES, Load, Measured
+from loadtests.framing import PREFIX_BYTES
+from loadtests.h2load import Load, Measured
 from loadtests.models import BenchModel
 from loadtests.peers import SluiceMeasurement
 from loadtests.processes import ServerProcess
@@ -28,7 +29,7 @@ class UniqueMeasurement(SluiceMeasurement):
 
     def load_with(self, reply: bytes, requests: int) -> Measured:
         """Send so many, all of which are to be answered with as many bytes as this one was."""
-        answer_bytes = requests * (GRPC_PREFIX_BYTES + len(reply))
+        answer_bytes = requests * (PREFIX_BYTES + len(reply))
         more = {"offset": self._offset, "first": next(_first_number) * RUN_REQUESTS}
         port, messages = self._server.port, [self.model.request]
         return varied.run(port, messages, self._load, requests, answer_bytes, self._scratch, more)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from loadtests import effort, h2load
-from loadtests.h2load import TIMEOUT_S, Load, LoadError, Measured, frame, steady_rate
+from loadtests.framing import frame
+from loadtests.h2load import TIMEOUT_S, Load, LoadError, Measured
 from loadtests.peers import METHOD
-from loadtests.summary import quantile
 
 NAME = "loadtests.varied_load"
 
@@ -39,7 +39,4 @@ def run(
     spent = replace(spent, cpu_s=found["cpu_s"], elapsed_s=found["elapsed_s"])  # without the interpreter's start
     report = h2load.Report(found["elapsed_s"], requests, len(found["ends_us"]), found["answer_bytes"])
     h2load.check(report, requests, answer_bytes)
-    latencies_us = found["latencies_us"]
-    p50_us, p99_us = quantile(latencies_us, 0.5), quantile(latencies_us, 0.99)
-    rate = steady_rate(found["ends_us"], load.in_flight, report.elapsed_s)
-    return Measured(requests, rate, p50_us / 1e3, p99_us / 1e3, spent)
+    return h2load.measured(found["ends_us"], found["latencies_us"], load, report.elapsed_s, spent)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 
-from loadtests.h2load import GRPC_PREFIX_BYTES
+from loadtests.framing import PREFIX_BYTES
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FRAME_HEAD = struct.Struct(">HBBBI")
@@ -58,7 +58,7 @@ def split_frames(data: bytes) -> list[bytes]:
     frames = []
     at = 0
     while at < len(data):
-        stop = at + GRPC_PREFIX_BYTES + int.from_bytes(data[at + 1 : at + GRPC_PREFIX_BYTES], "big")
+        stop = at + PREFIX_BYTES + int.from_bytes(data[at + 1 : at + PREFIX_BYTES], "big")
         frames.append(data[at:stop])
         at = stop
     return frames
@@ -66,7 +66,7 @@ def split_frames(data: bytes) -> list[bytes]:
 
 def unique(body: bytes, offset: int, first: int) -> Iterator[bytes]:
     """The same body for ever, each time with another number at this offset of its message."""
-    at = GRPC_PREFIX_BYTES + offset
+    at = PREFIX_BYTES + offset
     before, behind = body[:at], body[at + 8 :]
     for number in numbered(first):
         yield before + number + behind
@@ -196,7 +196,7 @@ def run(connections: list[Connection], streams: int, requests: int) -> dict[str,
         "cpu_s": time.process_time() - cpu_began_s,
         "answer_bytes": sum(connection.answer_bytes for connection in connections),
         "ends_us": sorted(round((end_s - began_s) * 1e6) for end_s, _ in ends),
-        "latencies_us": sorted(round(latency_s * 1e6) for _, latency_s in ends),
+        "latencies_us": [round(latency_s * 1e6) for _, latency_s in ends],
     }
 
 

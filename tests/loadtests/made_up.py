@@ -8,7 +8,7 @@ import numpy as np
 
 from loadtests.outcome import Outcome
 from loadtests.server_watch import Sample, Series
-from sluice_client.load.latencies import Generator, Records
+from sluice_client.load.latencies import Generator, Records, quantile
 from support import models
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def outcome(
     intended, lag = np.array(intended_s), np.array(lag_s)
     records = Records.of(intended, intended + lag, intended + lag + np.array(service_s), codes)
     not_sent = int(np.count_nonzero(records.codes == 255))
-    lag_p99_s = float(np.quantile(lag, 0.99, method="inverted_cdf"))
+    lag_p99_s = quantile(lag, 0.99)
     generator = Generator(lag_p99_s, cpu_share, len(intended), not_sent)
     of_kind = np.array(kinds if kinds is not None else [0] * len(intended), np.uint8)
     return Outcome(1_000.0, records, of_kind, np.array(lone_s), (generator,), cpu_share * len(intended))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from loadtests import processes
-from loadtests.h2load import Load, LoadError, frame
+from loadtests.framing import frame
+from loadtests.h2load import Load, LoadError
 from loadtests.models import generate
 from loadtests.peers import CACHED_UNIQUE
 from loadtests.unique import UniqueMeasurement
