@@ -118,11 +118,6 @@ class Sidecar:
         self.post("/healthcheck/fail")
         self.post("/drain_listeners?graceful")
 
-    def close(self) -> None:
-        """End the process at once; calls in flight are cut."""
-        self._process.terminate()
-        wait_or_kill(self._process, ANSWER_S)
-
     def _hosts(self, cluster: str) -> list[dict[str, Any]]:
         clusters = json.loads(self.get("/clusters?format=json"))["cluster_statuses"]
         (found,) = [one for one in clusters if one["name"] == cluster]
@@ -198,4 +193,4 @@ def sidecar(variant: Variant, concurrency: int = 1) -> Iterator[Sidecar]:
             yield Sidecar(process, folder)
         finally:
             process.terminate()
-            process.wait()
+            wait_or_kill(process, ANSWER_S)
