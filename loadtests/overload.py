@@ -18,7 +18,7 @@ from loadtests.processes import ServerProcess
 from loadtests.procfs import read_rss_bytes
 from loadtests.server_traces import Trace
 from loadtests.timed import Times
-from sluice_client.load.latencies import Records, quantile
+from sluice_client.load.latencies import CODES, Records, quantile
 
 RUN, ROWS, SLO_S = Times(20, 4), 16, 0.3
 OVERLOAD = 3
@@ -29,8 +29,7 @@ WARMUP = 0.2
 """For the server to learn how long runs take, over what is measured then."""
 TRACED = 4
 """One request in so many."""
-REFUSED = 8
-"""RESOURCE_EXHAUSTED."""
+REFUSED = CODES.index("RESOURCE_EXHAUSTED")
 
 STATIC = "without an objective, as many clients as fill its batches"
 CAPACITY = Figure(STATIC, "requests/s (the capacity)")

@@ -67,7 +67,7 @@ def check(scratch: Path, requests: int, rate_per_s: float, transport: str, round
     shutil.copytree(DEMO_DIGITS, repository / MODEL)
     file = scratch / "capture"
     with processes.sluice(repository, scratch, transport, f"--capture-file={file}") as server:
-        sent = _load(server.port, requests, rate_per_s)
+        sent = _load(server.address, requests, rate_per_s)
     assert sent.records.outcomes == {"OK": requests}, sent.records.outcomes
     capture = read_capture(file)
     same = _replayed(capture, repository, scratch, transport, rounds)
@@ -84,7 +84,7 @@ def check(scratch: Path, requests: int, rate_per_s: float, transport: str, round
     ]
 
 
-def _load(port: int, requests: int, rate_per_s: float) -> Run:
+def _load(address: str, requests: int, rate_per_s: float) -> Run:
     with np.load(DEMO_DIGITS / "golden.npz") as golden:
         rows = golden["X"]
     messages = []
@@ -95,7 +95,7 @@ def _load(port: int, requests: int, rate_per_s: float) -> Run:
     times_s = list(itertools.islice(arrivals(Constant(rate_per_s), exponential(SEED)), requests))
 
     async def load() -> Run:
-        async with Sender(f"127.0.0.1:{port}", messages, deadline_s=DEADLINE_S) as sender:
+        async with Sender(address, messages, deadline_s=DEADLINE_S) as sender:
             return await send_at(times_s, sender)
 
     return run_precisely(load())

@@ -34,7 +34,7 @@ class RestMeasurement(SluiceMeasurement):
 
     def ask(self) -> bytes:
         """The body of one answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._server.http_port, timeout=30)
+        connection = http.client.HTTPConnection(self._server.http_address, timeout=30)
         connection.request("POST", f"/{self._path}", self._body, {HEAD_LENGTH: str(self._head_length)})
         answer = connection.getresponse()
         body = answer.read()

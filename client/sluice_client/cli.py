@@ -128,7 +128,10 @@ def run_command(
     action: Callable[[Client, argparse.Namespace], int],
     deadline_s: float,
 ) -> int:
-    """Parse, connect, act; expected errors become one line and an exit status."""
+    """Parse, connect, act; expected errors become one line and an exit status. `deadline_s` is what --deadline is by
+    default.
+    """
+    parser.set_defaults(deadline=deadline_s)
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as leave:
@@ -136,7 +139,7 @@ def run_command(
     try:
         with Client(
             arguments.endpoint or f"localhost:{DEFAULT_PORT}",
-            deadline_s=deadline_s if arguments.deadline is None else arguments.deadline,
+            deadline_s=arguments.deadline,
             tls=read_tls(arguments),
         ) as client:
             return action(client, arguments)

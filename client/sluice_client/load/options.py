@@ -51,7 +51,6 @@ _OF_CAPACITY: Final = (
 _OF_RATE: Final = ("rate", "duration", "from_rate")
 
 _DEFAULTS: Final = {
-    "deadline": DEADLINE_S,
     "duration": 10.0,
     "from_rate": 0.0,
     "burst_size": 10,

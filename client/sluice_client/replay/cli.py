@@ -67,7 +67,7 @@ def _replay(client: Client, arguments: argparse.Namespace) -> int:
         expected = recorded(capture)
     else:
         baseline = arguments.baseline_endpoint
-        with Client(baseline, deadline_s=_deadline_s(arguments), tls=read_tls(arguments)) as other:
+        with Client(baseline, deadline_s=arguments.deadline, tls=read_tls(arguments)) as other:
             _reach(other)
         expected = measured(baseline, _send(capture, [baseline], arguments))
     replayed = _send(capture, client.endpoints, arguments)
@@ -97,9 +97,5 @@ def _send(capture: Capture, endpoints: Sequence[str], arguments: argparse.Namesp
     last_s = capture.offsets_s()[-1] / arguments.speed
     to = ", ".join(endpoints)
     write(sys.stderr, f"sending {len(capture.requests)} requests to {to}, the last one after {last_s:.1f} s ...")
-    deadline_s, tls = _deadline_s(arguments), read_tls(arguments)
+    deadline_s, tls = arguments.deadline, read_tls(arguments)
     return run_precisely(send_again(capture, endpoints, speed=arguments.speed, deadline_s=deadline_s, tls=tls))
-
-
-def _deadline_s(arguments: argparse.Namespace) -> float:
-    return DEFAULT_DEADLINE_S if arguments.deadline is None else arguments.deadline
