@@ -1,5 +1,6 @@
 """A table in Markdown that is read as it is, too: the one way in which everything here prints its results."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -12,3 +13,10 @@ def markdown(cells: Sequence[Sequence[str]], words: int) -> str:
     ]
     rule = ["-" * width if number < words else "-" * (width - 1) + ":" for number, width in enumerate(widths)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def plain(value: float | None) -> str:
+    """Three digits, or all of a larger number; a dash for what was not measured."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

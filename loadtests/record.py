@@ -27,6 +27,7 @@ from typing import Any
 from loadtests.peers import Sample
 from loadtests.results import Finding, Goal, Memory, Row
 from loadtests.summary import Summary, summarize
+from sluice_client.load.tables import json_number
 
 SCHEMA = 1
 
@@ -187,12 +188,10 @@ def _rounds(values: Sequence[float]) -> dict[str, Any]:
     """What was measured round by round, and what it comes to."""
     summary = summarize(values) if not any(map(math.isnan, values)) else Summary(math.nan, math.nan, math.nan)
     whole = {"median": summary.median, "low": summary.low, "high": summary.high, "spread": summary.spread}
-    return {"rounds": [_plain(value) for value in values], **{name: _plain(value) for name, value in whole.items()}}
-
-
-def _plain(value: float) -> float | None:
-    """JSON has neither NaN nor infinities."""
-    return value if math.isfinite(value) else None
+    return {
+        "rounds": [json_number(value) for value in values],
+        **{name: json_number(value) for name, value in whole.items()},
+    }
 
 
 def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import html
-import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from loadtests.markdown import markdown
+from loadtests.markdown import markdown, plain
 from loadtests.plots import draw_all, to_svg
 from loadtests.slo import Value, Verdict, judge
 from sluice_client.load.latencies import Quantiles
+from sluice_client.load.tables import json_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -101,13 +99,6 @@ def generator_rows(run: Run) -> Rows:
     return rows
 
 
-def plain(value: Value) -> str:
-    """Three digits, or all of a larger number; a dash for what was not measured."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def render_text(scenario: Scenario, runs: Sequence[Run], verdicts: Sequence[Verdict]) -> str:
     """What the terminal shows."""
     parts = [f"{scenario.name}: {scenario.title}", markdown(objective_rows(verdicts, runs), words=1)]
@@ -153,7 +144,7 @@ def _run_as_json(scenario: Scenario, run: Run) -> dict[str, Any]:
         "kinds": {title: {"requests": len(each), **_times_as_json(each)} for title, each in named.items()},
         "generators": [
             {
-                "lag_p99_ms": _number(each.lag_p99_s * 1e3),
+                "lag_p99_ms": json_number(each.lag_p99_s * 1e3),
                 "cpu_cores": each.cpu_share,
                 "most_open": each.most_in_flight,
                 "not_sent": each.not_sent,
@@ -169,16 +160,12 @@ def _times_as_json(records: Records) -> dict[str, Any]:
     times = {"response_ms": records.response_s, "service_ms": records.service_s, "lag_ms": records.lag_s}
     for what, values in times.items():
         quantiles = _values(Quantiles.of(values))
-        found[what] = {name: _number(value * 1e3) for name, value in zip(names, quantiles, strict=True)}
+        found[what] = {name: json_number(value * 1e3) for name, value in zip(names, quantiles, strict=True)}
     return found
 
 
 def _values(quantiles: Quantiles) -> tuple[float, ...]:
     return quantiles.p50_s, quantiles.p95_s, quantiles.p99_s, quantiles.p999_s, quantiles.max_s
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
 
 
 def render_html(scenario: Scenario, runs: Sequence[Run], facts: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from loadtests.markdown import markdown
+from loadtests.markdown import markdown, plain
 from loadtests.record import Record
 from loadtests.results import Finding, Goal, Memory, Row
 from loadtests.summary import Summary
@@ -48,7 +48,7 @@ def render_findings(findings: Sequence[Finding]) -> str:
 
 
 def _finding_cells(each: Finding) -> tuple[str, ...]:
-    measured = f"{_number(each.value.median)} {each.unit}".strip()
+    measured = f"{plain(each.value.median)} {each.unit}".strip()
     return (each.case, each.who, each.figure, measured, _extremes(each.value))
 
 
@@ -72,7 +72,7 @@ def render_goals(goals: Sequence[Goal]) -> str:
     for goal in goals:
         limit = "" if goal.limit is None else f"{'at least' if goal.at_least else 'at most'} {goal.limit:g}"
         verdict = "" if goal.is_met is None else "met" if goal.is_met else "MISSED"
-        measured = _number(goal.value.median) + LIMITED * goal.generator_was_limit
+        measured = plain(goal.value.median) + LIMITED * goal.generator_was_limit
         cells.append((goal.text, verdict, limit, measured, _extremes(goal.value)))
     return markdown(cells, words=2)
 
@@ -92,12 +92,7 @@ def render_machine(facts: Mapping[str, str]) -> str:
 
 
 def _extremes(value: Summary) -> str:
-    return f"{_number(value.low)} to {_number(value.high)}" if value.low != value.high else ""
-
-
-def _number(value: float) -> str:
-    """Three digits, or all of a larger number."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{plain(value.low)} to {plain(value.high)}" if value.low != value.high else ""
 
 
 def _with_spread(summary: Summary) -> str:

@@ -14,7 +14,7 @@ import pytest
 from made_up import write_repository, write_scenario
 
 from loadtests import run
-from loadtests.report import plain
+from loadtests.markdown import plain
 from loadtests.slo import KINDS
 
 if TYPE_CHECKING:

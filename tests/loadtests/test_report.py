@@ -8,9 +8,10 @@ import math
 import pytest
 from made_up import outcome, series, write_repository, write_scenario
 
+from loadtests.markdown import plain
 from loadtests.measuring import make_run
 from loadtests.plots import window_edges
-from loadtests.report import as_json, plain, render_html, render_text
+from loadtests.report import as_json, render_html, render_text
 from loadtests.scenario import read_scenario
 from loadtests.server_watch import Series
 from loadtests.slo import judge

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sluice_client.load.capacity import End, Verdict, replicas_needed, windows_needed
 from sluice_client.load.latencies import summarize
+from sluice_client.load.tables import columns, json_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,18 +57,20 @@ class Report:
         rates = (self.requested_per_s, summary.sent_per_s, summary.answered_per_s, summary.goodput_per_s)
         generator = self.generator
         lines = [
-            *_columns(
-                ("", "requested", "sent", "answered", "goodput"),
-                [("requests/s", *(f"{rate:,.1f}" for rate in rates))],
+            *columns(
+                [
+                    ("", "requested", "sent", "answered", "goodput"),
+                    ("requests/s", *(f"{rate:,.1f}" for rate in rates)),
+                ]
             ),
             "",
-            *_columns(
-                ("ms", "p50", "p95", "p99", "p99.9", "max"),
+            *columns(
                 [
+                    ("ms", "p50", "p95", "p99", "p99.9", "max"),
                     ("response time, from the intended sending", *_quantiles_ms(summary.response)),
                     ("service time, from the real sending", *_quantiles_ms(summary.service)),
                     ("lag of the generator", *_quantiles_ms(summary.lag)),
-                ],
+                ]
             ),
             "",
             f"errors     {summary.error_ratio:.2%} of {summary.requests:,} requests{codes}",
@@ -92,7 +95,7 @@ class Report:
         objectives = [
             {
                 "objective": objective.text,
-                "value": _number(objective.value(self.records)),
+                "value": json_number(objective.value(self.records)),
                 "met": objective.is_met(self.records),
             }
             for objective in self.objectives
@@ -187,7 +190,7 @@ def capacity_json(
             {
                 "rate_per_s": step.rate_per_s,
                 "response": _quantiles_json(step.response),
-                "error_ratio": _number(step.error_ratio),
+                "error_ratio": json_number(step.error_ratio),
                 "windows": step.windows,
                 "windows_met": step.met,
                 "falls_behind": step.is_behind,
@@ -236,36 +239,18 @@ def _summary_json(summary: Summary) -> dict[str, Any]:
         "sent_per_s": summary.sent_per_s,
         "answered_per_s": summary.answered_per_s,
         "goodput_per_s": summary.goodput_per_s,
-        "error_ratio": _number(summary.error_ratio),
+        "error_ratio": json_number(summary.error_ratio),
         "outcomes": dict(summary.outcomes),
     }
     return values | {name: _quantiles_json(getattr(summary, name)) for name in ("response", "service", "lag")}
 
 
 def _quantiles_json(quantiles: Quantiles) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in asdict(quantiles).items()}
-
-
-def _number(value: float) -> float | None:
-    """JSON knows no NaN."""
-    return None if math.isnan(value) else value
+    return {name: json_number(value) for name, value in asdict(quantiles).items()}
 
 
 def _quantiles_ms(quantiles: Quantiles) -> tuple[str, ...]:
     return tuple("-" if math.isnan(value) else f"{value * 1e3:,.2f}" for value in asdict(quantiles).values())
-
-
-def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table: the first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    lines = []
-    for row in (titles, *rows):
-        first, *numbers = (
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *numbers]))
-    return lines
 
 
 def _curve_line(cells: Sequence[str]) -> str:

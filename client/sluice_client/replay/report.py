@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
+from sluice_client.load.tables import columns, json_number
 from sluice_client.replay.verdict import DIFFERENT, SAME, UNDECIDED
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ def _sentence(difference: Difference) -> str:
 
 def _table(verdict: Verdict) -> list[str]:
     head = ("latency", f"{verdict.source} ms", "replayed ms", "ratio", "limit", "")
-    rows = [head, *map(_row, verdict.quantiles)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    lines = columns([head, *map(_row, verdict.quantiles)])
     if verdict.source == "recorded":
         lines.append("recorded: measured in the server; replayed: with the network and this client")
     return lines
@@ -109,17 +107,17 @@ def as_json(verdict: Verdict, capture: Capture) -> dict[str, Any]:
         "latency": [
             {
                 "percent": each.percent,
-                "expected_ms": _number(each.expected_s * 1e3),
-                "replayed_ms": _number(each.actual_s * 1e3),
-                "ratio": _number(each.ratio),
+                "expected_ms": json_number(each.expected_s * 1e3),
+                "replayed_ms": json_number(each.actual_s * 1e3),
+                "ratio": json_number(each.ratio),
                 "limit": each.limit,
                 "met": each.is_met,
             }
             for each in verdict.quantiles
         ],
-        "gap_error_p99_ms": _number(verdict.replayed.gap_error_p99_s * 1e3),
+        "gap_error_p99_ms": json_number(verdict.replayed.gap_error_p99_s * 1e3),
         "generator": {
-            "lag_p99_ms": _number(run.generator.lag_p99_s * 1e3),
+            "lag_p99_ms": json_number(run.generator.lag_p99_s * 1e3),
             "cpu_share": run.generator.cpu_share,
             "most_in_flight": run.generator.most_in_flight,
             "not_sent": run.generator.not_sent,
@@ -135,11 +133,7 @@ def _differences(differing: Differing) -> list[dict[str, Any]]:
             "model": differing.model,
             **asdict(each),
             "index": list(each.index),
-            "largest": _number(each.largest),
+            "largest": json_number(each.largest),
         }
         for each in differing.differences
     ]
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
