@@ -123,7 +123,7 @@ class Worker:
                 model = client.model_metadata(kind.model)
                 inputs, outputs = ([tensor.name for tensor in each] for each in (model.inputs, model.outputs))
                 payloads = cut_payloads(kind.golden, inputs, outputs, kind.rows)
-                limit = self._scenario.generator.open_limit
+                limit = self._scenario.generator.max_in_flight
                 senders.append(open_sender(kind, payloads, self._options.host, self._options.http_address, limit))
         return senders
 
@@ -144,7 +144,7 @@ class Worker:
             sender = senders[kind]
             return sender.send(choice % len(sender.payloads))
 
-        loop = OpenLoop(send, self._scenario.generator.open_limit, self._report)
+        loop = OpenLoop(send, self._scenario.generator.max_in_flight, self._report)
         mine = islice(self._scenario.plan(), index, None, self._scenario.generator.workers)
         started_s = time.monotonic() + start_at_s - time.time()
         gevent.sleep(max(started_s - time.monotonic(), 0))

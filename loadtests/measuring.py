@@ -76,9 +76,8 @@ def problems(limits: GeneratorLimits, outcome: Outcome) -> tuple[str, ...]:
     for number, generator in enumerate(outcome.generators, 1):
         who = f"the generator was the bottleneck: worker {number}"
         if generator.not_sent:
-            found.append(
-                f"{who} did not send {generator.not_sent} requests, as {limits.open_limit} were open (open_limit)"
-            )
+            full = f"as {limits.max_in_flight} were in flight (max_in_flight)"
+            found.append(f"{who} did not send {generator.not_sent} requests, {full}")
         if generator.lag_p99_s * 1e3 > limits.lag_p99_ms:
             lag_ms = generator.lag_p99_s * 1e3
             found.append(f"{who} sent late, p99 of it is {lag_ms:.1f} ms (lag_p99_ms = {limits.lag_p99_ms:g})")

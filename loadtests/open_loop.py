@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 class OpenLoop:
-    """Sends what is due, keeps what became of it, and counts what is open.
+    """Sends what is due, keeps what became of it, and counts what is in flight.
 
     `send(kind, choice)` sends a request, chosen by a random number, and gives its gRPC status number. What is due while
-    `open_limit` requests are open is not sent, and recorded as NOT_SENT. `report(kind, response_s, code)` is told of
-    each request that ended. To be used once.
+    `max_in_flight` requests are is not sent, and recorded as NOT_SENT. `report(kind, response_s, code)` is told of each
+    request that ended. To be used once.
     """
 
     def __init__(
-        self, send: Send, open_limit: int, report: Report, clock_s: Callable[[], float] = time.monotonic
+        self, send: Send, max_in_flight: int, report: Report, clock_s: Callable[[], float] = time.monotonic
     ) -> None:
         self._send = send
-        self._open_limit = open_limit
+        self._max_in_flight = max_in_flight
         self._report = report
         self._clock_s = clock_s
         self._open: Group = Group()
-        self.most_open = 0
+        self.most_in_flight = 0
         self.intended_s, self.sent_s, self.ended_s = array("d"), array("d"), array("d")
         self.codes, self.kinds = array("B"), array("B")
 
@@ -49,9 +49,9 @@ class OpenLoop:
             self.kinds.append(kind)
             # Also when it is late: the other greenlets have to run, or a generator that is behind would stay behind.
             gevent.sleep(max(started_s + due_s - self._clock_s(), 0))
-            if len(self._open) < self._open_limit:
+            if len(self._open) < self._max_in_flight:
                 self._open.spawn(self._one, number, kind, choice, started_s)
-                self.most_open = max(self.most_open, len(self._open))
+                self.most_in_flight = max(self.most_in_flight, len(self._open))
         self._open.join(raise_error=True)
 
     def _one(self, number: int, kind: int, choice: int, started_s: float) -> None:

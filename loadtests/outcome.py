@@ -34,7 +34,7 @@ class Part:
     started_at_s: float
     cpu_s: float
     lasted_s: float
-    most_open: int
+    most_in_flight: int
     intended_s: npt.NDArray[np.float64]
     sent_s: npt.NDArray[np.float64]
     ended_s: npt.NDArray[np.float64]
@@ -46,7 +46,7 @@ class Part:
     def of(cls, loop: OpenLoop, index: int, started_at_s: float, cpu_s: float, lasted_s: float, lone_s: Any) -> Self:
         """What a loop has sent."""
         times = [np.array(each) for each in (loop.intended_s, loop.sent_s, loop.ended_s, loop.codes, loop.kinds)]
-        return cls(index, started_at_s, cpu_s, lasted_s, loop.most_open, *times, lone_s)
+        return cls(index, started_at_s, cpu_s, lasted_s, loop.most_in_flight, *times, lone_s)
 
     def as_message(self) -> dict[str, Any]:
         """As numbers and bytes, which Locust's messages can carry."""
@@ -71,7 +71,7 @@ class Part:
     def generator(self) -> Generator:
         """How this worker did."""
         not_sent = int(np.count_nonzero(self.codes == NOT_SENT))
-        return Generator(quantile(self.records.lag_s, 0.99), self.cpu_s / self.lasted_s, self.most_open, not_sent)
+        return Generator(quantile(self.records.lag_s, 0.99), self.cpu_s / self.lasted_s, self.most_in_flight, not_sent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -92,7 +92,7 @@ def kind_rows(scenario: Scenario, run: Run) -> Rows:
 
 def generator_rows(run: Run) -> Rows:
     """A line for each worker process of the generator."""
-    rows: Rows = [("worker", "sent late, p99, ms", "cores", "open at most", "not sent")]
+    rows: Rows = [("worker", "sent late, p99, ms", "cores", "in flight at most", "not sent")]
     for number, each in enumerate(run.outcome.generators, 1):
         cells = (plain(each.lag_p99_s * 1e3), plain(each.cpu_share), str(each.most_in_flight), str(each.not_sent))
         rows.append((str(number), *cells))
@@ -146,7 +146,7 @@ def _run_as_json(scenario: Scenario, run: Run) -> dict[str, Any]:
             {
                 "lag_p99_ms": json_number(each.lag_p99_s * 1e3),
                 "cpu_cores": each.cpu_share,
-                "most_open": each.most_in_flight,
+                "most_in_flight": each.most_in_flight,
                 "not_sent": each.not_sent,
             }
             for each in run.outcome.generators

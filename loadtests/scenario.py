@@ -31,7 +31,7 @@ REQUESTS_MAX: Final = 2_000_000
 """A worker keeps 26 bytes of each until the end, and sends them to the master in one message."""
 
 WORKERS_MAX: Final = 64
-OPEN_MAX: Final = 10_000
+IN_FLIGHT_MAX: Final = 10_000
 """Open requests of one worker: each is a greenlet and a call, some 20 KiB."""
 
 DURATION_MAX_S: Final = 86_400.0
@@ -53,13 +53,13 @@ class Server:
 class GeneratorLimits:
     """How the load is generated, and when it counts as the bottleneck.
 
-    `workers` processes send; each has at most `open_limit` requests open, and gives up what is due beyond that. A run
-    fails when a process gave up any, when p99 of how late it sent exceeds `lag_p99_ms`, or when it used more than
-    `cpu_share` of a core.
+    `workers` processes send; each has at most `max_in_flight` requests in flight, and gives up what is due beyond
+    that. A run fails when a process gave up any, when p99 of how late it sent exceeds `lag_p99_ms`, or when it used
+    more than `cpu_share` of a core.
     """
 
     workers: int
-    open_limit: int
+    max_in_flight: int
     lag_p99_ms: float
     cpu_share: float
 
@@ -149,7 +149,7 @@ def _server(table: Table, folder: Path) -> Server:
 def _generator(table: Table) -> GeneratorLimits:
     limits = GeneratorLimits(
         workers=table.integer("workers", 1, least=1, most=WORKERS_MAX),
-        open_limit=table.integer("open_limit", 1000, least=1, most=OPEN_MAX),
+        max_in_flight=table.integer("max_in_flight", 1000, least=1, most=IN_FLIGHT_MAX),
         lag_p99_ms=table.number("lag_p99_ms", LAG_P99_LIMIT_S * 1e3),
         cpu_share=table.number("cpu_share", CPU_LIMIT, most=1.0),
     )

@@ -110,14 +110,15 @@ def test_a_generator_that_cannot_keep_up_fails_the_run(tmp_path):
     """Its one open request meets a model of 0.1 s; all objectives are kept."""
     write_repository(tmp_path, iterations=100_000)
     scenario = write_scenario(
-        tmp_path, GENEROUS + "\nopen_limit = 1", "[slo]\nerror_ratio = 0.999\np99_ms = 100_000", name="overload"
+        tmp_path, GENEROUS + "\nmax_in_flight = 1", "[slo]\nerror_ratio = 0.999\np99_ms = 100_000", name="overload"
     )
     done, result = loadtest(tmp_path, scenario)
 
     assert (done.returncode, failed(result), result["passed"]) == (1, set(), False), done.stderr
     (problem,) = result["runs"][0]["problems"]
     not_sent = result["runs"][0]["outcomes"]["NOT_SENT"]
-    told = f"the generator was the bottleneck: worker 1 did not send {not_sent} requests, as 1 were open (open_limit)"
+    who = "the generator was the bottleneck: worker 1"
+    told = f"{who} did not send {not_sent} requests, as 1 were in flight (max_in_flight)"
     assert problem == told
     assert f"FAIL: direct: {told}" in done.stdout
     assert re.search(r"\| the generator kept up +\| +\| +no \| FAIL \|", done.stdout)

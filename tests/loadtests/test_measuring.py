@@ -24,7 +24,7 @@ NOTHING = Series.of([], 0.0)
 def scenario(tmp_path):
     write_repository(tmp_path)
     requests = f"{REQUEST}deadline_ms = 100\n{REQUEST}rows = 2\n"
-    return read_scenario(write_scenario(tmp_path, requests, "[generator]\nopen_limit = 7"))
+    return read_scenario(write_scenario(tmp_path, requests, "[generator]\nmax_in_flight = 7"))
 
 
 def test_response_time_counts_from_when_a_request_was_due(scenario):
@@ -95,7 +95,7 @@ def test_a_generator_that_was_the_bottleneck_says_so(scenario):
         f"{who} used 0.91 of a core (cpu_share = 0.9)",
     )
     assert problems(outcome([0, 1], [0, 0], [0.1, math.nan], [0, NOT_SENT])) == (
-        f"{who} did not send 1 requests, as 7 were open (open_limit)",
+        f"{who} did not send 1 requests, as 7 were in flight (max_in_flight)",
     )
 
 

@@ -36,7 +36,7 @@ def test_what_is_due_begins_although_nothing_ends():
     loop.run([(0.0, 0, 7), (0.0, 1, 8), (0.0, 0, 9)], 100.0)
 
     assert begun == [(0, 7), (1, 8), (0, 9)]
-    assert loop.most_open == 3
+    assert loop.most_in_flight == 3
     assert (list(loop.codes), list(loop.kinds)) == ([0, 1, 0], [0, 1, 0])
     assert sorted(told) == [(0, 0.0, 0), (0, 0.0, 0), (1, 0.0, 1)]
 
@@ -71,7 +71,7 @@ def test_what_is_due_beyond_the_limit_is_given_up_and_recorded():
     loop.run(plan(), 100.0)
     assert list(loop.codes) == [0, 0, NOT_SENT, NOT_SENT, NOT_SENT]
     assert np.isnan(loop.sent_s).tolist() == [False, False, True, True, True]
-    assert (loop.most_open, len(told)) == (2, 2)
+    assert (loop.most_in_flight, len(told)) == (2, 2)
 
 
 def test_an_error_of_the_sender_s_own_ends_the_load():

@@ -49,7 +49,7 @@ def test_a_file_with_everything(tmp_path):
         'deadline_ms = 20\npriority = 2\ngolden = "models/double/golden.npz"\n'
         '[[requests]]\nmodel = "double"\nclient = "tritonclient"\ndeadline_ms = 30'
     )
-    generator = "[generator]\nworkers = 2\nopen_limit = 10\nlag_p99_ms = 50\ncpu_share = 0.5"
+    generator = "[generator]\nworkers = 2\nmax_in_flight = 10\nlag_p99_ms = 50\ncpu_share = 0.5"
     server = '[server]\nrepository = "models"\nflags = ["--allow-client-shm"]'
     scenario = read(tmp_path, requests, generator, server, "[slo]\nerror_ratio = 0.01\nmin_goodput_ratio = 0.9")
 
@@ -58,7 +58,7 @@ def test_a_file_with_everything(tmp_path):
         ("unary", "tritonclient", 1.0),
     ]
     assert scenario.requests[0].rows == (1, 4)
-    assert (scenario.generator.workers, scenario.generator.open_limit) == (2, 10)
+    assert (scenario.generator.workers, scenario.generator.max_in_flight) == (2, 10)
     assert scenario.server.flags == ("--allow-client-shm",)
     limits = {each.kind.key: each.limit for each in scenario.objectives}
     assert limits == {"error_ratio": 0.01, "min_goodput_ratio": 0.9}
