@@ -3,9 +3,8 @@
 A loaded model is replaced by loading the new one beside the old and swapping the two. When the new one fails, the old
 one goes on. A version of which nothing has changed on disk is kept as it is.
 
-Mode poll: `poll` is one look at the repositories. A model that is new, changed or gone is loaded or unloaded once two
-looks in a row have found the same, so that what is being copied is left alone; one that fails is tried again when it
-has changed again.
+Mode poll: `poll` is one look at the repositories. A model that is new, changed or gone is loaded or unloaded once that
+has settled (`changes.py`); one that fails is tried again when it has changed again.
 
 Ensembles: one is bound to the versions of its parts that are served when it is loaded, and loaded anew from the same
 configuration whenever those of a part have changed: so it goes when a part goes, comes back with it, and is checked
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from sluice_server.errors import Internal, InvalidArgument, SluiceError, Unavailable
+from sluice_server.repository.changes import ChangeDetector
 from sluice_server.repository.config import parse_json, read_config
 from sluice_server.repository.ensembles import check_uploaded, part_names
 from sluice_server.repository.errors import ConfigError, ModelLoadError
@@ -103,8 +103,7 @@ class ModelManager(ModelTable):
         self._strict_readiness = strict_readiness
         self._load_threads = load_threads
         self._load_retries = load_retries
-        self._seen: Mapping[str, Hashable] = {}
-        self._followed: dict[str, Hashable] = {}
+        self._changes = ChangeDetector({})
         self._started = False
 
     # --- questions -------------------------------------------------------------------------------------------------
@@ -146,9 +145,9 @@ class ModelManager(ModelTable):
         """
         names = set(load_models)
         if self._mode is ControlMode.POLL:
-            self._seen = self._repositories.fingerprints()
-            self._followed = dict(self._seen)
-            names = set(self._seen)
+            found = self._repositories.fingerprints()
+            self._changes = ChangeDetector(found)
+            names = set(found)
         elif self._mode is ControlMode.NONE or LOAD_ALL in names:
             names = set(self._repositories.scan())
         parts = [part for name in names for part in self._parts_on_disk(name) if not should_stop()]
@@ -167,18 +166,12 @@ class ModelManager(ModelTable):
         except SluiceError as error:  # what is served goes on
             logger.error("the model repository cannot be read", extra={"reason": str(error)})
             return
-        known = {*self._followed, *found}
-        settled = {name for name in known if found.get(name) == self._seen.get(name)}
-        changed = {name for name in settled if found.get(name) != self._followed.get(name)}
-        self._seen = found
-        if not changed:
+        changes = self._changes.look(found)
+        if not changes:
             return
-        for name in changed - set(found):
-            del self._followed[name]
+        for name in changes.gone:
             self._unload(name)
-        loading = changed & set(found)
-        self._followed |= {name: found[name] for name in loading}
-        self._load_all(loading, should_stop)
+        self._load_all(set(changes.changed), should_stop)
         self._tell("", self.server_ready)
 
     def _load_all(self, names: set[str], should_stop: Callable[[], bool]) -> list[str]:
