@@ -102,6 +102,11 @@ def test_what_cannot_be_tried_is_no_disproof(model, why):
     assert proof.reason.startswith(why)
 
 
+def test_a_run_that_does_not_end_is_ended_and_that_is_told():
+    proof = proof_of(models.slow(2_000_000_000))
+    assert proof == BatchProof(Verdict.UNKNOWN, "no made-up row runs: it takes longer than 2 s, and was ended")
+
+
 @pytest.mark.parametrize("datatype", ["INT8", "UINT8", "INT32", "INT64"])
 def test_integers_are_below_128_and_below_2_where_those_are_out_of_bounds(datatype):
     narrow = proof_of(mixing_models.lookup(2, datatype))

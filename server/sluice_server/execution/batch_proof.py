@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from sluice_server.errors import SluiceError
+from sluice_server.errors import Cancelled, SluiceError
 from sluice_server.execution.parameters import BadOption, parameter_values, read_choice
 from sluice_server.execution.probes import made_up_rows
 from sluice_server.execution.providers import CPU, TENSORRT
@@ -268,6 +268,8 @@ class _Trial:
         timer.start()
         try:
             return self._session.run(self._outputs.names, dict(feeds))
+        except Cancelled as error:
+            raise Cancelled(f"it takes longer than {BUDGET_NS / 1e9:g} s, and was ended") from error
         finally:
             timer.cancel()
             timer.join()
