@@ -144,12 +144,12 @@ class Worker:
             sender = senders[kind]
             return sender.send(choice % len(sender.payloads))
 
-        loop = OpenLoop(send, self._scenario.generator.max_in_flight, self._report)
         mine = islice(self._scenario.plan(), index, None, self._scenario.generator.workers)
         started_s = time.monotonic() + start_at_s - time.time()
+        loop = OpenLoop(send, self._scenario.generator.max_in_flight, self._report, started_s)
         gevent.sleep(max(started_s - time.monotonic(), 0))
         cpu_s, begun_s = time.process_time(), time.monotonic()
-        loop.run(mine, started_s)
+        loop.run(mine)
         return Part.of(loop, index, start_at_s, time.process_time() - cpu_s, time.monotonic() - begun_s, lone_s)
 
     def _report(self, kind: int, response_s: float, code: int) -> None:

@@ -45,8 +45,9 @@ class Part:
     @classmethod
     def of(cls, loop: OpenLoop, index: int, started_at_s: float, cpu_s: float, lasted_s: float, lone_s: Any) -> Self:
         """What a loop has sent."""
-        times = [np.array(each) for each in (loop.intended_s, loop.sent_s, loop.ended_s, loop.codes, loop.kinds)]
-        return cls(index, started_at_s, cpu_s, lasted_s, loop.most_in_flight, *times, lone_s)
+        sent = loop.log.records()
+        arrays = (sent.intended_s, sent.sent_s, sent.ended_s, sent.codes, np.array(loop.kinds), lone_s)
+        return cls(index, started_at_s, cpu_s, lasted_s, loop.log.most_in_flight, *arrays)
 
     def as_message(self) -> dict[str, Any]:
         """As numbers and bytes, which Locust's messages can carry."""

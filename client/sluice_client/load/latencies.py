@@ -11,13 +11,14 @@ failed is counted as errors, by code, and never mixed into latencies, as a refus
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -251,3 +252,57 @@ class Generator:
                 f"(limit {self.lag_limit_s * 1e3:g} ms)"
             )
         return ""
+
+
+class Log:
+    """Records while they are made: 25 bytes a request, and the number of those that are in flight.
+
+    Requests are numbered from 0 in the order in which they begin, which is that of their intended times.
+    """
+
+    def __init__(self, clock_s: Callable[[], float], started_s: float | None = None) -> None:
+        """`started_s` is when the load starts on the clock, by default now."""
+        self._clock_s = clock_s
+        self._started_s = clock_s() if started_s is None else started_s
+        self._intended_s, self._sent_s, self._ended_s = array("d"), array("d"), array("d")
+        self._codes = array("B")
+        self._in_flight = self._not_sent = 0
+        self.most_in_flight = 0
+
+    def now_s(self) -> float:
+        """Seconds from the start of the load."""
+        return self._clock_s() - self._started_s
+
+    def begin(self, due_s: float, max_in_flight: int) -> bool:
+        """Note the next request; whether it may be sent, which it is to be then."""
+        self._intended_s.append(due_s)
+        self._sent_s.append(math.nan)
+        self._ended_s.append(math.nan)
+        self._codes.append(NOT_SENT)
+        if self._in_flight >= max_in_flight:
+            self._not_sent += 1
+            return False
+        self._in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        return True
+
+    def note_sent(self, number: int) -> None:
+        """A request is sent now."""
+        self._sent_s[number] = self.now_s()
+
+    def note_ended(self, number: int, code: int) -> float:
+        """A request has ended now, with this code: its response time in seconds."""
+        self._ended_s[number] = ended_s = self.now_s()
+        self._codes[number] = code
+        self._in_flight -= 1
+        return ended_s - self._intended_s[number]
+
+    def records(self) -> Records:
+        """All of it as arrays."""
+        return Records(
+            np.array(self._intended_s), np.array(self._sent_s), np.array(self._ended_s), np.array(self._codes)
+        )
+
+    def generator(self, cpu_share: float) -> Generator:
+        """How the sender did that used so much CPU."""
+        return Generator(quantile(self.records().lag_s, 0.99), cpu_share, self.most_in_flight, self._not_sent)

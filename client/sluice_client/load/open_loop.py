@@ -8,20 +8,17 @@ limit. Times are those of the loop's clock.
 from __future__ import annotations
 
 import asyncio
-import math
 import selectors
 import time
-from array import array
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import grpc.aio
-import numpy as np
 
 from sluice_client.channels import Channels
 from sluice_client.endpoints import parse_endpoints
-from sluice_client.load.latencies import NOT_SENT, OK, Generator, Records, quantile
+from sluice_client.load.latencies import OK, Generator, Log, Records
 
 if TYPE_CHECKING:
     from sluice_client.flow import Metadata
@@ -68,61 +65,22 @@ async def send_at(
     NOT_SENT. `cpu_s` reads the CPU seconds that the generator has used. Cancelling this cancels what is open; an
     exception of `send` ends the load, as an ExceptionGroup.
     """
-    log = _Log(asyncio.get_running_loop().time)
+    log = Log(asyncio.get_running_loop().time)
     cpu_started_s = cpu_s()
+
+    async def follow(number: int) -> None:
+        log.note_sent(number)
+        log.note_ended(number, await send(number))
+
     async with asyncio.TaskGroup() as tasks:
         for number, due_s in enumerate(times_s):
             # Also when it is late: answers have to be taken, or a generator that is behind would stay behind.
             await asyncio.sleep(max(due_s - log.now_s(), 0))
             if log.begin(due_s, max_in_flight):
-                tasks.create_task(log.follow(number, send))
+                tasks.create_task(follow(number))
     elapsed_s = log.now_s()
     cpu_share = (cpu_s() - cpu_started_s) / elapsed_s if elapsed_s > 0 else 0.0
-    return log.run(cpu_share)
-
-
-class _Log:
-    """Records while they are made: 25 bytes a request, and the number of those that are open."""
-
-    def __init__(self, clock_s: Callable[[], float]) -> None:
-        self._clock_s = clock_s
-        self._started_s = clock_s()
-        self._intended_s, self._sent_s, self._ended_s = array("d"), array("d"), array("d")
-        self._codes = array("B")
-        self._in_flight = self._most_in_flight = self._not_sent = 0
-
-    def now_s(self) -> float:
-        """Seconds from the start of the load."""
-        return self._clock_s() - self._started_s
-
-    def begin(self, due_s: float, max_in_flight: int) -> bool:
-        """Note the next request; whether it may be sent."""
-        self._intended_s.append(due_s)
-        self._sent_s.append(math.nan)
-        self._ended_s.append(math.nan)
-        self._codes.append(NOT_SENT)
-        if self._in_flight >= max_in_flight:
-            self._not_sent += 1
-            return False
-        self._in_flight += 1
-        self._most_in_flight = max(self._most_in_flight, self._in_flight)
-        return True
-
-    async def follow(self, number: int, send: Send) -> None:
-        """Send a request that was noted, and note its end."""
-        self._sent_s[number] = self.now_s()
-        code = await send(number)
-        self._ended_s[number] = self.now_s()
-        self._codes[number] = code
-        self._in_flight -= 1
-
-    def run(self, cpu_share: float) -> Run:
-        """All of it as arrays of numpy."""
-        records = Records(
-            np.array(self._intended_s), np.array(self._sent_s), np.array(self._ended_s), np.array(self._codes)
-        )
-        lag_p99_s = quantile(records.lag_s, 0.99)
-        return Run(records, Generator(lag_p99_s, cpu_share, self._most_in_flight, self._not_sent))
+    return Run(log.records(), log.generator(cpu_share))
 
 
 class Connections:
