@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc.aio
 
 from sluice_client import operations
+from sluice_client.aio_stream import AsyncInferStream
 from sluice_client.base import BaseClient, CallArguments, MetadataLike
 from sluice_client.channels import failure
 from sluice_client.errors import ClientClosed
@@ -37,7 +38,10 @@ class AsyncClient(BaseClient):
 
     async def close(self) -> None:
         """As Client.close."""
-        for channel in self._channels.close():
+        channels = self._channels.close()
+        for stream in list(self._streams):
+            await stream.close(0.0)
+        for channel in channels:
             await channel.close()
 
     async def infer(
@@ -65,6 +69,13 @@ class AsyncClient(BaseClient):
             parameters=parameters,
         )
         return await self._run(self._call(operation, **call))
+
+    def stream(self, **call: Unpack[CallArguments]) -> AsyncInferStream:
+        """As Client.stream, in a running event loop: `async with client.stream() as stream:`."""
+        stream = AsyncInferStream(self._channels, self._flows, self._stream_options(**call))
+        self._streams.add(stream)
+        stream.reader.add_done_callback(lambda _: self._streams.discard(stream))
+        return stream
 
     async def server_live(self, **call: Unpack[CallArguments]) -> bool:
         """As Client.server_live."""

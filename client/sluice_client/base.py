@@ -10,6 +10,7 @@ from sluice_client import operations
 from sluice_client.channels import Channels
 from sluice_client.endpoints import parse_endpoints
 from sluice_client.errors import InvalidRequest
+from sluice_client.exchange import StreamOptions
 from sluice_client.flow import CallOptions, Flow, Flows, Metadata, Operation, check_deadline
 from sluice_client.settings import DEFAULT_DEADLINE_S, RetryPolicy, Tls
 
@@ -61,6 +62,7 @@ class BaseClient:
         self._metadata = read_metadata(metadata)
         self._channels = Channels(self._grpcio, self._endpoints, tls, tuple(channel_options))
         self._flows = Flows(self._endpoints, retry or RetryPolicy(), clock_ns, random)
+        self._streams: set[Any] = set()  # the open ones of asyncio, whose channels need not end them when they close
 
     def __repr__(self) -> str:
         where = ", ".join(map(str, self._endpoints))
@@ -97,6 +99,15 @@ class BaseClient:
         if call.get("deadline_s") is None:
             call["deadline_s"] = deadline_s
         return self._call(operation, **call)
+
+    def _stream_options(
+        self, deadline_s: float | None = None, metadata: MetadataLike | None = None, endpoint: str | None = None
+    ) -> StreamOptions:
+        """What holds for a stream, its arguments checked; these are the CallArguments."""
+        if deadline_s is not None:
+            check_deadline(deadline_s)
+        pairs = self._metadata + read_metadata(metadata)
+        return StreamOptions(deadline_s, pairs, self._endpoint_number(endpoint), self._deadline_s)
 
     def _wait(
         self, timeout_s: float, model: str | None, version: str, metadata: MetadataLike | None, endpoint: str | None

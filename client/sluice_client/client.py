@@ -17,6 +17,7 @@ from sluice_client.errors import ClientClosed
 from sluice_client.flow import Attempt, Flow, Outcome, Pause
 from sluice_client.results import Array, ModelIndex, ModelMetadata, ModelStatistics, Parameter, Result, ServerMetadata
 from sluice_client.settings import LOAD_DEADLINE_S
+from sluice_client.stream import InferStream
 from sluice_proto.model_config_pb2 import ModelConfig
 
 T = TypeVar("T")
@@ -76,6 +77,15 @@ class Client(BaseClient):
             parameters=parameters,
         )
         return self._run(self._call(operation, **call))
+
+    def stream(self, **call: Unpack[CallArguments]) -> InferStream:
+        """Open a stream (ModelStreamInfer) for many requests to one server: `with client.stream() as stream:`.
+
+        A stream saves what a call costs, and its requests go to one server, in their order, as those of a sequence
+        must. `deadline_s` bounds the life of the whole stream (None: nothing does), `metadata` is sent once. Nothing
+        of a stream is retried. A server that is not there shows with the first request.
+        """
+        return InferStream(self._channels, self._flows, self._stream_options(**call))
 
     def server_live(self, **call: Unpack[CallArguments]) -> bool:
         """Whether the server process serves. Raises Unavailable when it cannot be reached."""

@@ -7,7 +7,7 @@ for the server to say.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypedDict, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
@@ -26,7 +26,7 @@ from sluice_client.results import (
     ServerMetadata,
     TensorMetadata,
 )
-from sluice_client.retries import Safety
+from sluice_client.retries import Failure, Safety
 from sluice_client.settings import MAX_MESSAGE_BYTES
 from sluice_proto import tensors, wire
 from sluice_proto.errors import ProtoError, TensorError
@@ -43,6 +43,7 @@ from sluice_proto.grpc_service_pb2 import (
     ModelRepositoryParameter,
     ModelStatisticsRequest,
     ModelStatisticsResponse,
+    ModelStreamInferResponse,
     RepositoryIndexRequest,
     RepositoryIndexResponse,
     RepositoryModelLoadRequest,
@@ -61,19 +62,33 @@ M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 _RAW_FIELD: Final = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+# How an answer of a stream that is an error tells its status (both Sluice's own; others have the text alone).
+_STATUS, _PUSHBACK_MS = "grpc_status", "grpc_retry_pushback_ms"
+_NS_PER_MS: Final = 1_000_000
 _MIN_INT64, _MAX_INT64, _MAX_UINT64 = -(2**63), 2**63 - 1, 2**64 - 1
+
+
+class InferArguments(TypedDict, total=False):
+    """What an inference takes besides model and inputs, each as Client.infer explains it."""
+
+    outputs: Sequence[str] | None
+    version: str
+    request_id: str
+    priority: int
+    timeout_us: int
+    parameters: Mapping[str, Parameter] | None
 
 
 def infer(
     model: str,
     inputs: Mapping[str, Array],
     *,
-    outputs: Sequence[str] | None,
-    version: str,
-    request_id: str,
-    priority: int,
-    timeout_us: int,
-    parameters: Mapping[str, Parameter] | None,
+    outputs: Sequence[str] | None = None,
+    version: str = "",
+    request_id: str = "",
+    priority: int = 0,
+    timeout_us: int = 0,
+    parameters: Mapping[str, Parameter] | None = None,
 ) -> Operation[Result]:
     """ModelInfer. Inputs are sent in raw form, each array copied once, into the message."""
     extra = dict(parameters or {})
@@ -243,8 +258,27 @@ def outputs_of(message: ModelInferResponse) -> dict[str, Array]:
     return outputs
 
 
+def stream_answer(answer: bytes) -> ModelStreamInferResponse:
+    """An answer of a stream; for whom it is stands in it. Raises InvalidResponse."""
+    return _message(ModelStreamInferResponse, answer)
+
+
+def stream_failure(message: ModelStreamInferResponse) -> Failure | None:
+    """The error that an answer of a stream is, None when it is none. Its code is UNKNOWN unless the server told it."""
+    if not message.error_message:
+        return None
+    told = message.infer_response.parameters
+    code = told[_STATUS].string_param if _STATUS in told else "UNKNOWN"
+    pushback_ns = told[_PUSHBACK_MS].int64_param * _NS_PER_MS if _PUSHBACK_MS in told else None
+    return Failure(code, message.error_message, pushback_ns=pushback_ns)
+
+
 def _result(answer: bytes, timing: Timing) -> Result:
-    message = _message(ModelInferResponse, answer)
+    return result_of(_message(ModelInferResponse, answer), timing)
+
+
+def result_of(message: ModelInferResponse, timing: Timing) -> Result:
+    """The Result that an answer is. Raises InvalidResponse."""
     outputs = outputs_of(message)
     parameters = {key: _parameter_value(value) for key, value in message.parameters.items()}
     return Result(

@@ -1,11 +1,11 @@
-"""Both clients behind one blocking interface, so that one table of tests serves both."""
+"""Both clients and their streams behind one blocking interface, so that one table of tests serves both."""
 
 import asyncio
 import inspect
 import threading
-from typing import Any
+from typing import Any, Self
 
-from sluice_client import AsyncClient
+from sluice_client import AsyncClient, AsyncInferStream
 
 WAIT_S = 30  # only a broken test reaches it
 
@@ -28,11 +28,24 @@ class Loop:
 
 
 class Blocking:
-    """An AsyncClient whose methods block."""
+    """An AsyncClient, or what it gives out, whose methods block."""
 
-    def __init__(self, client: AsyncClient, loop: Loop) -> None:
+    def __init__(self, client: AsyncClient | AsyncInferStream, loop: Loop) -> None:
         self.client = client
         self._loop = loop
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *how: object) -> None:
+        self._loop.run(self.client.__aexit__(*how))  # type: ignore[arg-type]
+
+    def stream(self, **arguments: Any) -> "Blocking":
+        async def open_stream() -> AsyncInferStream:
+            assert isinstance(self.client, AsyncClient)
+            return self.client.stream(**arguments)
+
+        return Blocking(self._loop.run(open_stream()), self._loop)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self.client, name)

@@ -6,9 +6,9 @@ queued and run at once, next to all others. Its answer waits until every earlier
 Invariants of an `InferStream`:
 
 * an answer is sent as soon as it and all earlier ones are there, by the thread that brought the last of them;
-* a request that fails is answered in its turn with `error_message` and its id, and the stream goes on; but the failure
-  is the status that ends the stream when the client sent the header `triton_grpc_error: true`, and when the deadline
-  of the stream is over;
+* a request that fails is answered in its turn with `error_message`, its id and its status (response parameters, which
+  Triton's clients do not look at), and the stream goes on; but the failure is the status that ends the stream when the
+  client sent the header `triton_grpc_error: true`, and when the deadline of the stream is over;
 * after the client's last message, or when the server stops, no request is taken any more, what is due is sent, and
   then the stream ends;
 * when a stream ends before its requests do, those that still wait in a queue are cancelled.
@@ -29,6 +29,7 @@ from google.protobuf.message import DecodeError
 from sluice_proto import wire
 from sluice_proto.errors import WireError
 from sluice_proto.grpc_service_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
+from sluice_server.retry_after import PUSHBACK
 from sluice_server.status import OK, Code, Status
 from sluice_server.transport.call import Call
 
@@ -43,6 +44,9 @@ ERROR_AS_STATUS = ("triton_grpc_error", "true")
 """The header of a client that wants a failure as the status of its stream."""
 
 STOPPING = Status(Code.UNAVAILABLE, "the server is shutting down and takes no more requests from this stream")
+
+STATUS_PARAMETER, PUSHBACK_PARAMETER = "grpc_status", "grpc_retry_pushback_ms"
+"""Response parameters of a failure inside a stream, ours: its code's name, and the push-back where it has one."""
 
 PREFIXES_MAX = 256
 """Sizes of answers whose prefix is remembered: most streams have one or two, and writing it takes a microsecond."""
@@ -107,6 +111,11 @@ class StreamedRequest(Call):
         """Answer in turn with an error."""
         response = ModelStreamInferResponse(error_message=status.message or status.code.name)
         response.infer_response.id = request_id(self.message)
+        told = response.infer_response.parameters
+        told[STATUS_PARAMETER].string_param = status.code.name
+        for key, value in status.trailers:
+            if key == PUSHBACK:
+                told[PUSHBACK_PARAMETER].int64_param = int(value)
         ends_stream = self._owner.errors_end_it or time.monotonic_ns() >= self.deadline_ns
         self._owner.settle(self, [response.SerializeToString()], status if ends_stream else None)
 
