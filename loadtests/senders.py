@@ -120,6 +120,32 @@ class SluiceUnary(Sender):
         self._client.close()
 
 
+class SluiceStream(Sender):
+    """ModelStreamInfer with the project's client: all requests are in one stream, which is opened anew if it ends.
+
+    The deadline is told to nobody: it ends the waiting here.
+    """
+
+    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str) -> None:
+        super().__init__(kind, payloads)
+        self._client = Client(address, retry=NO_RETRIES)
+        self._stream = self._client.stream()
+
+    def call(self, index: int, deadline_s: float) -> Outputs:
+        """As `Sender`."""
+        if not self._stream.is_open:
+            self._stream = self._client.stream()
+        result = self._stream.infer(
+            self.kind.model, self.payloads[index].inputs, priority=self.kind.priority, deadline_s=deadline_s
+        )
+        return result.outputs.get
+
+    def close(self) -> None:
+        """As `Sender`."""
+        self._stream.close(0.0)
+        self._client.close()
+
+
 class TritonUnary(Sender):
     """ModelInfer with tritonclient; its inputs are made once."""
 
@@ -320,7 +346,7 @@ def open_sender(kind: Kind, payloads: Sequence[Payload], address: str, http_addr
     if kind.protocol == UNARY:
         return (SluiceUnary if kind.client == SLUICE else TritonUnary)(kind, payloads, address)
     if kind.protocol == STREAM:
-        return TritonStream(kind, payloads, address)
+        return (SluiceStream if kind.client == SLUICE else TritonStream)(kind, payloads, address)
     if kind.protocol == SHARED_MEMORY:
         return TritonShared(kind, payloads, address, open_limit)
     assert kind.protocol == REST

@@ -126,8 +126,8 @@ def test_a_generator_that_cannot_keep_up_fails_the_run(tmp_path):
 def test_every_protocol_and_client_by_two_workers_on_a_server_that_runs(tmp_path, start_server: StartServer):
     repository = write_repository(tmp_path)
     server = start_server(repository, allow_client_shm=True)
-    ways = [("unary", "sluice"), ("unary", "tritonclient"), ("stream", "tritonclient"), ("rest", "tritonclient"),
-            ("shared_memory", "tritonclient")]  # fmt: skip
+    ways = [("unary", "sluice"), ("unary", "tritonclient"), ("stream", "sluice"), ("stream", "tritonclient"),
+            ("rest", "tritonclient"), ("shared_memory", "tritonclient")]  # fmt: skip
     requests = "\n".join(
         f'[[requests]]\nmodel = "double"\nprotocol = "{protocol}"\nclient = "{client}"\nrows = [1, 3]\npriority = 0\n'
         "deadline_ms = 10_000\n"
