@@ -26,7 +26,7 @@ SLUICE, TRITONCLIENT = "sluice", "tritonclient"
 CLIENTS: Final = (SLUICE, TRITONCLIENT)
 UNARY, STREAM, REST, SHARED_MEMORY = "unary", "stream", "rest", "shared_memory"
 PROTOCOLS: Final = (UNARY, STREAM, REST, SHARED_MEMORY)
-PROTOCOLS_OF: Final = {SLUICE: (UNARY, STREAM), TRITONCLIENT: PROTOCOLS}
+PROTOCOLS_OF: Final = {SLUICE: (UNARY, STREAM, SHARED_MEMORY), TRITONCLIENT: PROTOCOLS}
 
 REQUESTS_MAX: Final = 2_000_000
 """A worker keeps 26 bytes of each until the end, and sends them to the master in one message."""

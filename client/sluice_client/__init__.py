@@ -41,6 +41,7 @@ from sluice_client.results import (
     TensorMetadata,
 )
 from sluice_client.settings import RetryPolicy, Tls
+from sluice_client.shared_memory import SharedMemory, SharedRoom, SharedTensor
 from sluice_client.stream import InferStream
 
 __version__ = version("sluice")
@@ -76,6 +77,9 @@ __all__ = [
     "RetryPolicy",
     "ServerError",
     "ServerMetadata",
+    "SharedMemory",
+    "SharedRoom",
+    "SharedTensor",
     "TensorMetadata",
     "Timing",
     "Tls",

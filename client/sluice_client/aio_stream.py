@@ -1,7 +1,7 @@
 """The asyncio client's stream: as the blocking one's, with tasks for threads."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -12,8 +12,8 @@ from sluice_client.channels import STREAM_INFER, Channels, failure
 from sluice_client.errors import ClientClosed, ClientError, InvalidResponse
 from sluice_client.exchange import Exchange, StreamOptions
 from sluice_client.flow import Flows, check_deadline
-from sluice_client.operations import InferArguments
-from sluice_client.results import Array, Result
+from sluice_client.operations import InferArguments, Inputs
+from sluice_client.results import Result
 from sluice_client.retries import Failure
 from sluice_client.settings import STREAM_CLOSE_S
 
@@ -50,7 +50,7 @@ class AsyncInferStream:
     async def infer(
         self,
         model: str,
-        inputs: Mapping[str, Array],
+        inputs: Inputs,
         *,
         deadline_s: float | None = None,
         **request: Unpack[InferArguments],
@@ -60,14 +60,14 @@ class AsyncInferStream:
         check_deadline(deadline_s)
         if request.get("request_id", "") == "":
             request["request_id"] = self._exchange.next_id()
-        operation = operations.infer(model, inputs, **request)
+        inference = operations.infer(model, inputs, **request)
         future: asyncio.Future[Result | ClientError] = self._loop.create_future()
 
         def settle(outcome: Result | ClientError) -> None:
             if not future.done():
                 future.set_result(outcome)
 
-        begun = self._exchange.begin(operation, request["request_id"], settle)
+        begun = self._exchange.begin(inference, request["request_id"], settle)
         try:
             async with asyncio.timeout(deadline_s):
                 outcome = await future

@@ -24,13 +24,22 @@ from sluice_client.errors import (
     InvalidResponse,
     ResourceExhausted,
 )
-from sluice_client.flow import Flows, Metadata, Operation, Timing
+from sluice_client.flow import Flows, Metadata, Timing
+from sluice_client.operations import Inference
 from sluice_client.results import Result
 from sluice_client.retries import Failure
 from sluice_client.settings import STREAM_IN_FLIGHT_MAX
 from sluice_proto.grpc_service_pb2 import ModelStreamInferResponse
 
 Settle = Callable[[Result | ClientError], None]
+
+
+def check_memory(inference: Inference, endpoint: str) -> None:
+    """InvalidRequest when a request goes to a server that does not know its shared memory."""
+    if inference.endpoint and inference.endpoint != endpoint:
+        raise InvalidRequest(
+            f"the request's shared memory is registered at {inference.endpoint}, and the request would go to {endpoint}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,7 @@ class StreamedRequest:
     """A request in flight; `settle` is told what became of it, by the thread that hears the stream."""
 
     id: str
-    model: str
+    inference: Inference
     started_ns: int
     settle: Settle
     given_up: bool = False
@@ -99,12 +108,13 @@ class Exchange:
         """An id for a request whose caller has none; all have one length, which the server's cache of heads likes."""
         return f"stream-{next(self._numbers):08x}"
 
-    def begin(self, operation: Operation[Result], request_id: str, settle: Settle) -> StreamedRequest:
+    def begin(self, inference: Inference, request_id: str, settle: Settle) -> StreamedRequest:
         """Send a request. Raises what ended the stream, ClientClosed, InvalidRequest for an id that is in flight."""
-        request = StreamedRequest(request_id, operation.model, self._flows.clock_ns(), settle)
+        check_memory(inference, self._flows.text_of(self.endpoint))
+        request = StreamedRequest(request_id, inference, self._flows.clock_ns(), settle)
         with self._lock:
             if self._end is not None:
-                raise self._error(self._end, operation.model)
+                raise self._error(self._end, inference.model)
             if self._is_closed:
                 raise ClientClosed("the stream is closed; open a new one")
             if request_id in self._in_flight:
@@ -114,10 +124,10 @@ class Exchange:
                 )
             if len(self._in_flight) >= self._in_flight_max:
                 text = f"{self._in_flight_max} requests of this stream have no answer yet: wait for some of them"
-                raise ResourceExhausted(text, operation.model, self._flows.text_of(self.endpoint))
+                raise ResourceExhausted(text, inference.model, self._flows.text_of(self.endpoint))
             self._in_flight[request_id] = request
             self._awaited += 1
-            self._send(operation.request)
+            self._send(inference.request)
         return request
 
     def take(self, answer: bytes) -> None:
@@ -157,7 +167,7 @@ class Exchange:
         """What the caller is told of a request that is given up as its time is over."""
         self.give_up(request)
         text = f"no answer within {deadline_s:g} s; the request is still with the server"
-        return DeadlineExceeded(text, request.model, self._flows.text_of(self.endpoint))
+        return DeadlineExceeded(text, request.inference.model, self._flows.text_of(self.endpoint))
 
     def close(self) -> None:
         """Take no more requests and tell the server so: it sends the answers that are due and ends the stream."""
@@ -193,7 +203,7 @@ class Exchange:
             self._flows.learn(self.endpoint, outcome, self._flows.clock_ns(), self._started_ns)
         for request in left:
             if not request.given_up:
-                request.settle(self._error(self._end, request.model))
+                request.settle(self._error(self._end, request.inference.model))
 
     def _nobody_waits(self) -> bool:
         return self._is_closed and self._end is None and bool(self._in_flight) and not self._awaited
@@ -203,11 +213,11 @@ class Exchange:
     ) -> Result | ClientError:
         failure = operations.stream_failure(message)
         if failure is not None:
-            return self._flows.error(failure, request.model, self.endpoint)
+            return self._flows.error(failure, request.inference.model, self.endpoint)
         timing = Timing(now_ns - request.started_ns, 1, self._flows.text_of(self.endpoint))
         try:
-            return operations.result_of(message.infer_response, timing)
-        except InvalidResponse as error:
+            return operations.result_of(message.infer_response, timing, request.inference.rooms)
+        except (InvalidResponse, InvalidRequest) as error:  # the latter when its shared memory was closed meanwhile
             return error
 
     def _error(self, how: Failure | ClientError, model: str) -> ClientError:

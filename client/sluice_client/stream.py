@@ -5,7 +5,6 @@ A thread of its own hears the answers and wakes the callers they belong to; exch
 
 import queue
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -17,8 +16,8 @@ from sluice_client.channels import STREAM_INFER, Channels, failure
 from sluice_client.errors import ClientClosed, ClientError, InvalidResponse
 from sluice_client.exchange import Exchange, StreamOptions
 from sluice_client.flow import Flows, check_deadline
-from sluice_client.operations import InferArguments
-from sluice_client.results import Array, Result
+from sluice_client.operations import InferArguments, Inputs
+from sluice_client.results import Result
 from sluice_client.retries import Failure
 from sluice_client.settings import STREAM_CLOSE_S
 
@@ -63,7 +62,7 @@ class InferStream:
     def infer(
         self,
         model: str,
-        inputs: Mapping[str, Array],
+        inputs: Inputs,
         *,
         deadline_s: float | None = None,
         **request: Unpack[InferArguments],
@@ -83,9 +82,9 @@ class InferStream:
         check_deadline(deadline_s)
         if request.get("request_id", "") == "":
             request["request_id"] = self._exchange.next_id()
-        operation = operations.infer(model, inputs, **request)
+        inference = operations.infer(model, inputs, **request)
         future: Future[Result | ClientError] = Future()
-        begun = self._exchange.begin(operation, request["request_id"], future.set_result)
+        begun = self._exchange.begin(inference, request["request_id"], future.set_result)
         try:
             outcome = future.result(deadline_s)
         except TimeoutError:

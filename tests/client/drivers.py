@@ -3,9 +3,11 @@
 import asyncio
 import inspect
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
-from sluice_client import AsyncClient, AsyncInferStream
+from sluice_client import AsyncClient, AsyncInferStream, SharedMemory
 
 WAIT_S = 30  # only a broken test reaches it
 
@@ -39,6 +41,18 @@ class Blocking:
 
     def __exit__(self, *how: object) -> None:
         self._loop.run(self.client.__aexit__(*how))  # type: ignore[arg-type]
+
+    @contextmanager
+    def shared_memory(self, *args: Any, **arguments: Any) -> Iterator[SharedMemory]:
+        assert isinstance(self.client, AsyncClient)
+        manager = self.client.shared_memory(*args, **arguments)
+        memory = self._loop.run(manager.__aenter__())
+        try:
+            yield memory
+        except BaseException as error:
+            self._loop.run(manager.__aexit__(type(error), error, error.__traceback__))
+            raise
+        self._loop.run(manager.__aexit__(None, None, None))
 
     def stream(self, **arguments: Any) -> "Blocking":
         async def open_stream() -> AsyncInferStream:

@@ -18,6 +18,7 @@ from sluice_client import (
     ResourceExhausted,
     Result,
     RetryPolicy,
+    SharedMemory,
     Unavailable,
     Unknown,
     operations,
@@ -147,6 +148,21 @@ def test_an_answer_whose_outputs_cannot_be_read_fails_its_request_alone():
     stream.exchange.take(message.SerializeToString())
     stream.exchange.take(answer("b"))
     assert isinstance(stream.outcome("a"), InvalidResponse)
+    assert isinstance(stream.outcome("b"), Result)
+
+
+def test_an_output_whose_shared_memory_was_closed_meanwhile_fails_its_request_alone():
+    stream = Stream()
+    with SharedMemory(4, "a:1") as memory:
+        inference = operations.infer("m", ONE, request_id="a", outputs={"Y": memory.room(4)})
+        stream.exchange.begin(inference, "a", stream.outcomes.setdefault("a", []).append)
+    stream.begin("b")
+    message = pb.ModelStreamInferResponse.FromString(answer("a"))
+    message.infer_response.outputs.add(name="Y", datatype="FP32", shape=[1])
+    stream.exchange.take(message.SerializeToString())
+    stream.exchange.take(answer("b"))
+    assert "was closed; a request cannot use it any more" in str(stream.outcome("a"))
+    assert isinstance(stream.outcome("a"), InvalidRequest)
     assert isinstance(stream.outcome("b"), Result)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from made_up import write_repository, write_scenario
+from made_up import REQUEST, write_repository, write_scenario
 
 from loadtests.payloads import Payload, PayloadError, cut_payloads
 from loadtests.scenario import read_scenario
 from loadtests.senders import NUMBERS, Sender, open_sender
+from sluice_client import Unimplemented
 from sluice_client.load.latencies import OK
 from sluice_server.transport.options import TransportOptions
 from support.fakes import eventually
@@ -28,10 +29,10 @@ def sender_for(folder, address: str, protocol: str, *, model: str = "double", an
 
 @pytest.fixture
 def server(start_server, tmp_path):
-    return start_server(write_repository(tmp_path), http=None, metrics=None)
+    return start_server(write_repository(tmp_path), allow_client_shm=True, http=None, metrics=None)
 
 
-PROTOCOLS = pytest.mark.parametrize("protocol", ["unary", "stream"])
+PROTOCOLS = pytest.mark.parametrize("protocol", ["unary", "stream", "shared_memory"])
 
 
 @PROTOCOLS
@@ -54,7 +55,19 @@ def test_a_refusal_is_told_by_its_code(server, tmp_path, protocol):
     sender.close()
 
 
-@PROTOCOLS
+def test_shared_memory_needs_a_server_that_has_it_and_a_sample_with_answers(start_server, tmp_path):
+    server = start_server(write_repository(tmp_path), http=None, metrics=None)
+    with pytest.raises(Unimplemented, match="start it with --allow-client-shm"):
+        sender_for(tmp_path, server.target, "shared_memory")
+    golden = tmp_path / "models" / "double" / "golden.npz"
+    np.savez(golden, X=np.ones((4, 1), np.float32))
+    (kind,) = read_scenario(write_scenario(tmp_path, REQUEST + 'protocol = "shared_memory"')).requests
+    payloads = cut_payloads(golden, ["X"], ["Y"], [1])
+    with pytest.raises(PayloadError, match="has no array for any output of 'double', which shared memory needs"):
+        open_sender(kind, payloads, server.target, "", OPEN_LIMIT)
+
+
+@pytest.mark.parametrize("protocol", ["unary", "stream"])
 def test_a_server_that_comes_back_is_found_again(server, start_server, tmp_path, protocol):
     sender = sender_for(tmp_path, server.target, protocol)
     assert sender.send(0) == OK
