@@ -85,9 +85,9 @@ class Client(BaseClient):
     def stream(self, **call: Unpack[CallArguments]) -> InferStream:
         """Open a stream (ModelStreamInfer) for many requests to one server: `with client.stream() as stream:`.
 
-        A stream saves what a call costs, and its requests go to one server, in their order, as those of a sequence
-        must. `deadline_s` bounds the life of the whole stream (None: nothing does), `metadata` is sent once. Nothing
-        of a stream is retried. A server that is not there shows with the first request.
+        All its requests go to one server, in their order, as those of a sequence must. One costs about what a call
+        does. `deadline_s` bounds the life of the whole stream (None: nothing does), `metadata` is sent once. Nothing of
+        a stream is retried. A server that is not there shows with the first request.
         """
         return InferStream(self._channels, self._flows, self._stream_options(**call))
 
@@ -99,8 +99,8 @@ class Client(BaseClient):
         what it refuses is the ServerError that it says. In the block, `memory.write(array)` is an input of this
         client's calls and streams, `memory.room(size_bytes)` a place for an output, and the array in the Result is a
         view of it: `.copy()` it before a later request writes there. At the end the server forgets the memory, and it
-        is removed. With several endpoints, `endpoint` says which one; requests with the memory go there by themselves.
-        InvalidRequest when the system has no such memory to give.
+        is removed; only a process that is killed leaves both behind. With several endpoints, `endpoint` says which one,
+        and requests with the memory go there by themselves. InvalidRequest when the system has no such memory to give.
         """
         with self._new_memory(size_bytes, call) as memory:
             self._run(self._register(memory, call))
