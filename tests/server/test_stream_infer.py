@@ -12,6 +12,7 @@ import pytest
 
 from sluice_server.observability.statistics import Outcome
 from sluice_server.protocol.dispatch import STREAM_INFER
+from sluice_server.protocol.streams import STATUS_PARAMETER
 from sluice_server.status import Code
 from sluice_server.transport.call import STREAM_AHEAD
 from support import models
@@ -87,6 +88,8 @@ def test_an_error_is_an_answer_in_its_turn_and_the_stream_goes_on(server):
     assert stream.hear_value() == 0
     errors = [stream.hear() for _ in range(3)]
     assert [error.infer_response.id for error in errors] == ["1", "b", ""]
+    told = [{key: value.string_param for key, value in error.infer_response.parameters.items()} for error in errors]
+    assert told == [{STATUS_PARAMETER: code} for code in ("NOT_FOUND", "INVALID_ARGUMENT", "INVALID_ARGUMENT")]
     facts = ["'nope' is not found", "unexpected inference input 'NOPE'", "2 bytes of the request"]
     assert all(fact in error.error_message for fact, error in zip(facts, errors, strict=True))
     assert stream.hear_value() == 2

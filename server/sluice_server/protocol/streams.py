@@ -4,9 +4,9 @@ Each message of a stream is a call like any other to the rest of the server: it 
 to all others. The transport keeps its answer until every earlier one of its stream has been sent (`Stream.enter`); what
 an answer looks like on a stream is said here:
 
-* a request that fails is answered in its turn with `error_message` and its id, and the stream goes on; but the failure
-  is the status that ends the stream when the client sent the header `triton_grpc_error: true`, and when the deadline
-  of the stream is over;
+* a request that fails is answered in its turn with `error_message`, its id and its status (response parameters, which
+  Triton's clients do not look at), and the stream goes on; but the failure is the status that ends the stream when the
+  client sent the header `triton_grpc_error: true`, and when the deadline of the stream is over;
 * after the client's last message, or when the server stops, no request is taken any more, what is due is sent, and
   then the stream ends.
 """
@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from sluice_proto import wire
 from sluice_proto.errors import WireError
 from sluice_proto.grpc_service_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
+from sluice_server.retry_after import PUSHBACK
 from sluice_server.status import Code, Status
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ ERROR_AS_STATUS = ("triton_grpc_error", "true")
 """The header of a client that wants a failure as the status of its stream."""
 
 STOPPING = Status(Code.UNAVAILABLE, "the server is shutting down and takes no more requests from this stream")
+
+STATUS_PARAMETER, PUSHBACK_PARAMETER = "grpc_status", "grpc_retry_pushback_ms"
+"""Response parameters of a failure inside a stream, ours: its code's name, and the push-back where it has one."""
 
 BEGUN: Final = object()
 """The state of a stream whose first message has come."""
@@ -107,6 +111,11 @@ def error_message(request: Call, status: Status) -> Sequence[Buffer] | None:
         return None
     response = ModelStreamInferResponse(error_message=status.message or status.code.name)
     response.infer_response.id = request_id(request.message)
+    told = response.infer_response.parameters
+    told[STATUS_PARAMETER].string_param = status.code.name
+    for key, value in status.trailers:
+        if key == PUSHBACK:
+            told[PUSHBACK_PARAMETER].int64_param = int(value)
     return (response.SerializeToString(),)
 
 
