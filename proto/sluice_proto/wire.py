@@ -98,11 +98,10 @@ def _read_varint(data: memoryview, offset: int, max_bytes: int) -> tuple[int, in
 @lru_cache(maxsize=1024)  # a model's answers have few sizes
 def length_delimited(field_number: int, length: int) -> bytes:
     """Returns what precedes `length` bytes of a bytes, string or message field on the wire: its tag and the length."""
-    return varint(field_number << 3 | _LENGTH_DELIMITED) + varint(length)
+    return _varint(field_number << 3 | _LENGTH_DELIMITED) + _varint(length)
 
 
-def varint(value: int) -> bytes:
-    """Returns a number of at least 0 as protobuf writes it: seven bits a byte, the lowest first."""
+def _varint(value: int) -> bytes:
     parts = bytearray()
     while value > 0x7F:
         parts.append(value & 0x7F | 0x80)

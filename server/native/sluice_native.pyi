@@ -28,7 +28,7 @@ class Stream:
     def answer_in_turn(
         self,
         *,
-        envelope: int | None = None,
+        before: Callable[[int], bytes] | None = None,
         on_failure: Callable[[Call, Any], Sequence[Buffer] | None] | None = None,
     ) -> None: ...
     def enter(self, message: Call, suffix: bytes | None = None) -> bool: ...

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fuzz.subject import MESSAGE_BYTES_MAX, joined, parted
 from sluice_proto.errors import WireError
-from sluice_proto.wire import _read_varint, length_delimited, varint
+from sluice_proto.wire import _read_varint, _varint, length_delimited
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,7 @@ def split(data: bytes) -> list[Field] | None:
 def unite(fields: list[Field]) -> bytes:
     """The message of its fields."""
     return b"".join(
-        length_delimited(number, len(held)) + held if kind == BYTES else varint(number << 3 | kind) + held
+        length_delimited(number, len(held)) + held if kind == BYTES else _varint(number << 3 | kind) + held
         for number, kind, held in fields
     )
 
@@ -95,7 +95,7 @@ def _change_field(field: Field, random: Random, mutate: Mutate) -> Field:
             return number, kind, change_message(held, random, mutate)
         return number, kind, _change_bytes(held, random, mutate)
     if kind == VARINT:
-        return number, kind, varint(random.choice(NUMBERS))
+        return number, kind, _varint(random.choice(NUMBERS))
     return number, kind, mutate(held).ljust(SIZES[kind], b"\0")[: SIZES[kind]]
 
 

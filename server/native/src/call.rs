@@ -21,9 +21,6 @@ use crate::turns::{Answer, Over};
 /// Answers up to this size are copied into one piece; the pieces of larger ones are sent from where they are.
 const JOIN_BYTES_MAX: usize = 64 * 1024;
 
-/// The byte of an envelope and a length of 64 bits.
-const ENVELOPE_BYTES_MAX: usize = 11;
-
 /// Status messages of at most so many characters fit into a header however they are encoded.
 const PLAIN_CHARACTERS_MAX: usize = 256;
 
@@ -171,8 +168,8 @@ pub struct Stream {
     #[pyo3(get)]
     deadline_ns: i64,
     state: Mutex<Option<Py<PyAny>>>,
-    /// The byte before the length of every answer that is given in turn; None: answers are sent as they are.
-    envelope: OnceLock<u8>,
+    /// What gives the bytes that go before an answer of so many; None: answers are sent as they are.
+    before: OnceLock<Py<PyAny>>,
     /// What gives the answer for a failure.
     on_failure: OnceLock<Py<PyAny>>,
     call: Arc<CallState>,
@@ -200,7 +197,7 @@ impl Stream {
                 method: method.clone_ref(py),
                 deadline_ns: shared.clock.deadline_ns(call),
                 state: Mutex::new(None),
-                envelope: OnceLock::new(),
+                before: OnceLock::new(),
                 on_failure: OnceLock::new(),
                 call: Arc::clone(call),
                 shared: Arc::clone(shared),
@@ -222,7 +219,7 @@ impl Stream {
     /// Answers a message with another, in turn if it has one.
     fn reply_to(&self, message: &Call, parts: &Bound<'_, PyAny>) -> PyResult<()> {
         let Some(entered) = message.entered.get() else { return self.send(parts) };
-        let answer = self.answer(parts, self.envelope.get().copied(), entered.suffix.as_ref())?;
+        let answer = self.answer(parts, self.before.get(), entered.suffix.as_ref())?;
         self.settle(parts.py(), entered, answer)
     }
 
@@ -238,8 +235,13 @@ impl Stream {
         self.settle(status.py(), entered, Answer::End(read_status(&self.shared, status)?))
     }
 
-    fn answer(&self, parts: &Bound<'_, PyAny>, envelope: Option<u8>, suffix: Option<&Py<PyBytes>>) -> PyResult<InTurn> {
-        Ok(match body(&self.shared, &self.call, parts, envelope, suffix)? {
+    fn answer(
+        &self,
+        parts: &Bound<'_, PyAny>,
+        before: Option<&Py<PyAny>>,
+        suffix: Option<&Py<PyBytes>>,
+    ) -> PyResult<InTurn> {
+        Ok(match body(&self.shared, &self.call, parts, before, suffix)? {
             Ok(body) => Answer::Message(body),
             Err(status) => Answer::End(status),
         })
@@ -324,13 +326,12 @@ impl Stream {
         Ok(())
     }
 
-    #[pyo3(signature = (*, envelope = None, on_failure = None))]
-    fn answer_in_turn(&self, envelope: Option<u8>, on_failure: Option<Py<PyAny>>) {
-        if let Some(envelope) = envelope {
-            let _first_counts = self.envelope.set(envelope);
-        }
-        if let Some(on_failure) = on_failure {
-            let _first_counts = self.on_failure.set(on_failure);
+    #[pyo3(signature = (*, before = None, on_failure = None))]
+    fn answer_in_turn(&self, before: Option<Py<PyAny>>, on_failure: Option<Py<PyAny>>) {
+        for (cell, function) in [(&self.before, before), (&self.on_failure, on_failure)] {
+            if let Some(function) = function {
+                let _first_counts = cell.set(function);
+            }
         }
     }
 
@@ -356,8 +357,8 @@ impl Stream {
         if let Ok(callback) = self.call.on_cancel.try_lock() {
             visit.call(&*callback)?;
         }
-        if let Some(on_failure) = self.on_failure.get() {
-            visit.call(on_failure)?;
+        for function in [self.before.get(), self.on_failure.get()].into_iter().flatten() {
+            visit.call(function)?;
         }
         Ok(())
     }
@@ -447,15 +448,16 @@ fn metadata_tuple<'py>(py: Python<'py>, call: &CallState) -> PyResult<Bound<'py,
     PyTuple::new(py, entries)
 }
 
-/// Joins the parts of an answer, or the small ones among them, behind gRPC's prefix and, in an envelope, behind its byte
-/// and their length. The status is that which one that is too large ends the call with instead.
+/// Joins the parts of an answer, or the small ones among them, behind gRPC's prefix. `before` gives what goes before an
+/// answer of so many bytes, and `suffix` goes behind it. One that is too large ends the call with a status instead.
 fn body(
     shared: &Arc<Shared>,
     call: &CallState,
     parts: &Bound<'_, PyAny>,
-    envelope: Option<u8>,
+    before: Option<&Py<PyAny>>,
     suffix: Option<&Py<PyBytes>>,
 ) -> PyResult<Result<Body, Status>> {
+    let py = parts.py();
     let mut pieces = Vec::with_capacity(4);
     let mut length = 0;
     for part in parts.try_iter()? {
@@ -464,14 +466,13 @@ fn body(
         pieces.push(piece);
     }
     if let Some(suffix) = suffix {
-        length += suffix.as_bytes(parts.py()).len();
-        pieces.push(Piece::Bytes(suffix.bind(parts.py()).clone()));
+        length += suffix.as_bytes(py).len();
+        pieces.push(Piece::Bytes(suffix.bind(py).clone()));
     }
-    let mut head = BytesMut::with_capacity(ENVELOPE_BYTES_MAX);
-    if let Some(field) = envelope {
-        head.put_u8(field);
-        put_varint(&mut head, length);
-        length += head.len();
+    if let Some(before) = before {
+        let piece = Piece::of(&before.bind(py).call1((length,))?)?;
+        length += piece.as_slice().len();
+        pieces.insert(0, piece);
     }
     let limit = shared.options.max_message_bytes;
     if length > limit {
@@ -479,11 +480,10 @@ fn body(
         return Ok(Err(Status::new(code::RESOURCE_EXHAUSTED, message)));
     }
     if call.compression != Encoding::Identity {
-        return Ok(Ok(Body::One(compressed(parts.py(), shared, call.compression, &head, pieces))));
+        return Ok(Ok(Body::One(compressed(py, shared, call.compression, pieces))));
     }
     let mut joined = BytesMut::with_capacity(PREFIX_BYTES + length.min(JOIN_BYTES_MAX));
     joined.put_slice(&prefix(false, length));
-    joined.put_slice(&head);
     if length <= JOIN_BYTES_MAX {
         for piece in &pieces {
             joined.put_slice(piece.as_slice());
@@ -507,17 +507,8 @@ fn body(
     Ok(Ok(Body::Many(bodies)))
 }
 
-/// A length as a varint: seven bits a byte, the lowest first, and the highest bit of all but the last.
-fn put_varint(into: &mut BytesMut, mut number: usize) {
-    while number >= 0x80 {
-        into.put_u8((number & 0x7f) as u8 | 0x80);
-        number >>= 7;
-    }
-    into.put_u8(number as u8);
-}
-
-fn compressed(py: Python<'_>, shared: &Shared, encoding: Encoding, head: &[u8], pieces: Vec<Piece<'_>>) -> Bytes {
-    let mut plain = BytesMut::from(head);
+fn compressed(py: Python<'_>, shared: &Shared, encoding: Encoding, pieces: Vec<Piece<'_>>) -> Bytes {
+    let mut plain = BytesMut::new();
     for piece in &pieces {
         plain.put_slice(piece.as_slice());
     }

@@ -94,12 +94,11 @@ class Stream(Rpc):
         """End the stream behind everything that was sent; from any thread."""
 
     @abstractmethod
-    def answer_in_turn(self, *, envelope: int | None = None, on_failure: OnFailure | None = None) -> None:
+    def answer_in_turn(self, *, before: Before | None = None, on_failure: OnFailure | None = None) -> None:
         """Say how the requests that enter the stream are answered; to be called once, before the first enters.
 
-        With `envelope` each `reply` is sent behind this byte and its length as a varint, which is how protobuf writes
-        a message that is a field of another. `on_failure` gives the parts of the message that a `fail` is answered
-        with, or None, as without it: the stream ends with that status.
+        `before` gives what is sent before a `reply` of so many bytes, in one message with it. `on_failure` gives the
+        parts of the message that a `fail` is answered with, or None, as without it: the stream ends with that status.
         """
 
     @abstractmethod
@@ -150,6 +149,9 @@ class Call(Rpc):
         Of a stream's message: end the stream, unless it has entered and the stream tells of failures otherwise.
         """
 
+
+Before = Callable[[int], bytes]
+"""What goes before an answer of so many bytes."""
 
 OnFailure = Callable[[Call, Status], "Sequence[Buffer] | None"]
 """The message that tells of the failure of a request in a stream, in parts; None when it is to end the stream."""

@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from sluice_proto.wire import varint
 from sluice_server.status import OK, Status
 from sluice_server.transport.call import Call, Stream
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from sluice_server.transport.call import Metadata, OnFailure
+    from sluice_server.transport.call import Before, Metadata, OnFailure
 
 
 class MessageInTurn(Call):
@@ -66,7 +65,7 @@ class MessageInTurn(Call):
 class StreamInTurn(Stream):
     """A stream that answers the requests which entered it in their order, by the `send` and `finish` of a transport."""
 
-    __slots__ = ("_closing", "_due", "_envelope", "_is_over", "_lock", "_on_failure")
+    __slots__ = ("_before", "_closing", "_due", "_is_over", "_lock", "_on_failure")
 
     def __init__(self) -> None:
         self.state = None
@@ -74,13 +73,13 @@ class StreamInTurn(Stream):
         self._due: deque[MessageInTurn] = deque()
         self._closing: Status | None = None
         self._is_over = False
-        self._envelope: int | None = None
+        self._before: Before | None = None
         self._on_failure: OnFailure | None = None
         self._lock = threading.Lock()
 
-    def answer_in_turn(self, *, envelope: int | None = None, on_failure: OnFailure | None = None) -> None:
+    def answer_in_turn(self, *, before: Before | None = None, on_failure: OnFailure | None = None) -> None:
         """As `Stream`."""
-        self._envelope, self._on_failure = envelope, on_failure
+        self._before, self._on_failure = before, on_failure
         self.on_cancel = self._abandon
 
     def enter(self, message: Call, suffix: bytes | None = None) -> bool:
@@ -109,9 +108,9 @@ class StreamInTurn(Stream):
             return
         if message.suffix is not None:
             parts = [*parts, message.suffix]
-        if self._envelope is not None:
+        if self._before is not None:
             size_bytes = sum(map(len, parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
-            parts = [bytes((self._envelope,)) + varint(size_bytes), *parts]
+            parts = [self._before(size_bytes), *parts]
         self._settle(message, parts)
 
     def fail(self, message: MessageInTurn, status: Status) -> None:
