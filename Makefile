@@ -16,7 +16,7 @@ SERVE_FLAGS ?=
 # Test files side by side, each in one process, as a file's tests may share a server.
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup serve demo test check proto models bench bench-compare bench-readme sweep replay-check fuzz perf_analyzer \
+.PHONY: help setup serve demo test test-long check proto models bench bench-compare bench-readme sweep replay-check fuzz perf_analyzer \
   grpcurl silero sidecar envoy-descriptors chaos loadtest image clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make demo      serve them, send the test digits, print accuracy and speed, end"
 	@echo "make sidecar   serve them by two servers behind Envoy: gRPC, REST and JSON on port 9001"
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
+	@echo "make test-long   run those that load servers for many seconds each"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
 	@echo "make bench-compare [OLD=.. NEW=..]   what became worse between two runs of it"
 	@echo "make sweep     Triton's perf_analyzer over gRPC, streams, shared memory and REST, at rising concurrency"
@@ -90,7 +91,11 @@ ifneq ($(CARGO),)
 	@$(CRATE) cargo test --locked --quiet
 endif
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS) --ignore tests/batching -m 'not timed'
-	@$(BIN)/python -m pytest -m timed
+	@$(BIN)/python -m pytest -m 'timed and not long'
+
+# What is left: loads of many seconds, one after the other.
+test-long: $(VENV)/.dev $(VENV)/.native
+	@$(BIN)/python -m pytest -m long
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

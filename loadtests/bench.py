@@ -24,7 +24,6 @@ from loadtests.models import GENERATORS as MODELS
 from loadtests.models import OCR_PACKAGE, BenchModel, find_ocr, generate
 from loadtests.peers import (
     CACHED,
-    CACHED_UNIQUE,
     ECHO,
     FEATURES,
     GRPCIO,
@@ -61,11 +60,10 @@ FLAGS = {
     NATIVE: (TransportChoice.NATIVE,),
     SHARED: (TransportChoice.NATIVE, "--allow-client-shm"),
     REST: (TransportChoice.NATIVE,),
-    UNIQUE: (TransportChoice.NATIVE,),
     STREAM: (TransportChoice.NATIVE,),
     CACHED: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
+    UNIQUE: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
     FEATURES: (TransportChoice.NATIVE, *neighbours.FLAGS),
-    CACHED_UNIQUE: (TransportChoice.NATIVE, f"--cache-config=local,size={CACHE_BYTES}"),
 }
 """What --transport is for each of ours, and what other flags it has."""
 
@@ -219,11 +217,15 @@ def measure_table(cases: Sequence[Case], setup: Setup, scratch: Path) -> list[Ro
     if any(case.who == FEATURES for case in cases):
         repositories[FEATURES] = neighbours.write(scratch / "neighbours", repository)
     with ExitStack() as stack:
-        servers = {
-            who: stack.enter_context(processes.sluice(repositories.get(who, repository), scratch, *flags))
-            for who, flags in FLAGS.items()
-            if any(case.who == who for case in cases)
-        }
+        started = {}
+        servers = {}
+        for who, flags in FLAGS.items():
+            if any(case.who == who for case in cases):
+                # Equal processes differ by some percent for as long as they live, so equal flags share one.
+                served = (repositories.get(who, repository), *flags)
+                if served not in started:
+                    started[served] = stack.enter_context(processes.sluice(served[0], scratch, *flags))
+                servers[who] = started[served]
         servers[ECHO] = stack.enter_context(processes.echo(scratch))
         bench = Bench(setup, models, servers, scratch, stack)
         return take_turns([bench.measurement(case) for case in cases], setup.plan)
@@ -259,8 +261,8 @@ class Bench:
             return RestMeasurement(model, server, case.load, scratch)
         if case.who == STREAM:
             return StreamMeasurement(model, server, case.load, scratch)
-        if case.who in (UNIQUE, CACHED_UNIQUE):
-            return UniqueMeasurement(case.who, model, server, case.load, scratch)
+        if case.who == UNIQUE:
+            return UniqueMeasurement(model, server, case.load, scratch)
         return SluiceMeasurement(case.who, model, server, case.load, scratch, generator)
 
 

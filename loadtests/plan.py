@@ -9,7 +9,7 @@ from loadtests.experiment import Experiment
 from loadtests.h2load import Load
 from loadtests.models import OCR_SIZES, PIPELINE
 from loadtests.overload import Overload
-from loadtests.peers import CACHED, CACHED_UNIQUE, ECHO, FEATURES, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE
+from loadtests.peers import CACHED, ECHO, FEATURES, GRPCIO, LOOP, NATIVE, REST, SHARED, STREAM, UNIQUE
 from loadtests.steps import Steps
 
 
@@ -53,8 +53,10 @@ PARTS: dict[str, tuple[Case, ...]] = {
     "rest": _cases("identity", APART, NATIVE, REST),
     "stream": _cases("identity", BASE, NATIVE, STREAM),
     "lengths": _cases("lengths", MIXED, NATIVE) + _cases("lengths_bucketed", MIXED, NATIVE),
-    "cache": _cases("digits_cached", BUSY, NATIVE, CACHED, UNIQUE, CACHED_UNIQUE)
-    + _cases("identity_cached", BASE, UNIQUE, CACHED_UNIQUE),
+    "cache": _cases("digits_cached", BUSY, NATIVE, CACHED, UNIQUE)
+    + _cases("digits_mlp", BUSY, UNIQUE)
+    + _cases("identity_cached", BASE, UNIQUE)
+    + _cases("identity", BASE, UNIQUE),
     "ensemble": tuple(case for model in (*PIPELINE, "pipeline") for case in _cases(model, LONE, NATIVE)),
     OCR: tuple(Case(model, NATIVE, IMAGES) for model in ("ocr", *(f"ocr_{most}" for most in OCR_SIZES))),
     "features": _cases("identity", BASE, NATIVE, FEATURES),
@@ -84,7 +86,7 @@ class Plan:
         """The rows to measure with our transports that there are; what two parts share is measured once."""
         measurable = {*transports, ECHO, LOOP}
         if NATIVE in measurable:
-            measurable |= {FEATURES, SHARED, REST, UNIQUE, STREAM, CACHED, CACHED_UNIQUE}
+            measurable |= {FEATURES, SHARED, REST, UNIQUE, STREAM, CACHED}
         found = dict.fromkeys(case for part in self.parts for case in PARTS[part])
         return [case for case in found if case.who in measurable]
 

@@ -26,6 +26,7 @@ SLUICE, TRITONCLIENT = "sluice", "tritonclient"
 CLIENTS: Final = (SLUICE, TRITONCLIENT)
 UNARY, STREAM, REST, SHARED_MEMORY = "unary", "stream", "rest", "shared_memory"
 PROTOCOLS: Final = (UNARY, STREAM, REST, SHARED_MEMORY)
+PROTOCOLS_OF: Final = {SLUICE: (UNARY, STREAM, SHARED_MEMORY), TRITONCLIENT: PROTOCOLS}
 
 REQUESTS_MAX: Final = 2_000_000
 """A worker keeps 26 bytes of each until the end, and sends them to the master in one message."""
@@ -160,9 +161,10 @@ def _generator(table: Table) -> GeneratorLimits:
 def _request(table: Table, server: Server, folder: Path) -> Kind:
     model = table.text("model")
     protocol = table.choice("protocol", PROTOCOLS, UNARY)
-    client = table.choice("client", CLIENTS, SLUICE if protocol == UNARY else TRITONCLIENT)
-    if client == SLUICE and protocol != UNARY:
-        raise table.error("client", f'"{SLUICE}" has unary calls only; "{protocol}" goes with "{TRITONCLIENT}"')
+    client = table.choice("client", CLIENTS, SLUICE if protocol in PROTOCOLS_OF[SLUICE] else TRITONCLIENT)
+    if protocol not in PROTOCOLS_OF[client]:
+        spoken = ", ".join(PROTOCOLS_OF[client])
+        raise table.error("client", f'"{client}" speaks gRPC only ({spoken}); "{protocol}" goes with "{TRITONCLIENT}"')
     golden = _path(table, "golden", folder) if table.has("golden") else server.repository / model / "golden.npz"
     if not golden.is_file():
         raise table.error(

@@ -12,6 +12,7 @@ import os
 import uuid
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from contextlib import ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from loadtests.payloads import Array, Payload
     from loadtests.scenario import Kind
+    from sluice_client import SharedRoom, SharedTensor
 
     Outputs = Callable[[str], Array | None]
 
@@ -118,6 +120,90 @@ class SluiceUnary(Sender):
     def close(self) -> None:
         """As `Sender`."""
         self._client.close()
+
+
+class SluiceStream(Sender):
+    """ModelStreamInfer with the project's client: all requests are in one stream, which is opened anew if it ends.
+
+    The deadline is told to nobody: it ends the waiting here.
+    """
+
+    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str) -> None:
+        super().__init__(kind, payloads)
+        self._client = Client(address, retry=NO_RETRIES)
+        self._stream = self._client.stream()
+
+    def call(self, index: int, deadline_s: float) -> Outputs:
+        """As `Sender`."""
+        if not self._stream.is_open:
+            self._stream = self._client.stream()
+        result = self._stream.infer(
+            self.kind.model, self.payloads[index].inputs, priority=self.kind.priority, deadline_s=deadline_s
+        )
+        return result.outputs.get
+
+    def close(self) -> None:
+        """As `Sender`."""
+        self._stream.close(0.0)
+        self._client.close()
+
+
+class SluiceShared(Sender):
+    """ModelInfer with the project's client, whose tensors are in system shared memory.
+
+    One memory holds the inputs of all payloads, another a slot of outputs for each request that may be open. A request
+    that was given up may still write into its slot: nobody reads outputs while others are open.
+    """
+
+    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, open_limit: int) -> None:
+        super().__init__(kind, payloads)
+        self._slot_bytes = answer_bytes(kind, payloads)
+        with ExitStack() as opened:
+            self._client = opened.enter_context(Client(address, retry=NO_RETRIES))
+            self._inputs = self._place_inputs(opened)
+            self._outputs = opened.enter_context(self._client.shared_memory(self._slot_bytes * open_limit))
+            self._opened = opened.pop_all()
+        self._free = list(range(open_limit))
+
+    def call(self, index: int, deadline_s: float) -> Outputs:
+        """As `Sender`; the outputs are to be read before the next call."""
+        slot = self._free.pop()
+        try:
+            result = self._client.infer(
+                self.kind.model,
+                self._inputs[index],
+                outputs=self._rooms(index, slot),
+                priority=self.kind.priority,
+                deadline_s=deadline_s,
+            )
+        finally:
+            self._free.append(slot)
+        return result.outputs.get
+
+    def close(self) -> None:
+        """As `Sender`."""
+        self._opened.close()
+
+    def _place_inputs(self, opened: ExitStack) -> list[dict[str, SharedTensor]]:
+        arrays = [payload.inputs for payload in self.payloads]
+        size_bytes = sum(array.nbytes for each in arrays for array in each.values())
+        memory = opened.enter_context(self._client.shared_memory(size_bytes))
+        placed: list[dict[str, SharedTensor]] = []
+        offset = 0
+        for each in arrays:
+            placed.append({})
+            for name, array in each.items():
+                tensor = placed[-1][name] = memory.write(array, offset)
+                offset = tensor.end
+        return placed
+
+    def _rooms(self, index: int, slot: int) -> dict[str, SharedRoom | None]:
+        rooms: dict[str, SharedRoom | None] = {}
+        offset = slot * self._slot_bytes
+        for name, array in self.payloads[index].answer.items():
+            room = rooms[name] = self._outputs.room(array.nbytes, offset)
+            offset = room.end
+        return rooms
 
 
 class TritonUnary(Sender):
@@ -230,11 +316,7 @@ class TritonShared(Sender):
         self._regions: dict[str, Any] = {}
         self._name = f"sluice-load-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._inputs = self._place_inputs()
-        self._slot_bytes = max(sum(array.nbytes for array in payload.answer.values()) for payload in payloads)
-        if not self._slot_bytes:
-            raise PayloadError(
-                f"{kind.golden} has no array for any output of {kind.model!r}, which shared memory needs"
-            )
+        self._slot_bytes = answer_bytes(kind, payloads)
         self._output_region = self._region("out", self._slot_bytes * open_limit)
         self._free = list(range(open_limit))
 
@@ -305,6 +387,14 @@ class TritonShared(Sender):
         return outputs
 
 
+def answer_bytes(kind: Kind, payloads: Sequence[Payload]) -> int:
+    """What the largest answer takes in shared memory. PayloadError when the golden sample has none."""
+    largest = max(sum(array.nbytes for array in payload.answer.values()) for payload in payloads)
+    if not largest:
+        raise PayloadError(f"{kind.golden} has no array for any output of {kind.model!r}, which shared memory needs")
+    return largest
+
+
 def triton_inputs(module: Any, inputs: Mapping[str, Array]) -> list[Any]:
     """The arrays as InferInputs of tritonclient.grpc or tritonclient.http, with their data."""
     made = []
@@ -320,8 +410,8 @@ def open_sender(kind: Kind, payloads: Sequence[Payload], address: str, http_addr
     if kind.protocol == UNARY:
         return (SluiceUnary if kind.client == SLUICE else TritonUnary)(kind, payloads, address)
     if kind.protocol == STREAM:
-        return TritonStream(kind, payloads, address)
+        return (SluiceStream if kind.client == SLUICE else TritonStream)(kind, payloads, address)
     if kind.protocol == SHARED_MEMORY:
-        return TritonShared(kind, payloads, address, open_limit)
+        return (SluiceShared if kind.client == SLUICE else TritonShared)(kind, payloads, address, open_limit)
     assert kind.protocol == REST
     return TritonRest(kind, payloads, http_address, open_limit)

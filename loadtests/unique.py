@@ -1,4 +1,4 @@
-"""Requests that all differ, with and without a response cache: what a cache costs where it is of no use."""
+"""Requests that all differ, to models with and without a response cache: what it costs where it is of no use."""
 
 import itertools
 from pathlib import Path
@@ -7,7 +7,7 @@ from loadtests import varied
 from loadtests.framing import PREFIX_BYTES
 from loadtests.h2load import Load, Measured
 from loadtests.models import BenchModel
-from loadtests.peers import SluiceMeasurement
+from loadtests.peers import UNIQUE, SluiceMeasurement
 from loadtests.processes import ServerProcess
 from sluice_proto.grpc_service_pb2 import ModelInferRequest
 
@@ -22,8 +22,8 @@ class UniqueMeasurement(SluiceMeasurement):
 
     generator = varied.NAME
 
-    def __init__(self, who: str, model: BenchModel, server: ServerProcess, load: Load, scratch: Path) -> None:
-        super().__init__(who, model, server, load, scratch)
+    def __init__(self, model: BenchModel, server: ServerProcess, load: Load, scratch: Path) -> None:
+        super().__init__(UNIQUE, model, server, load, scratch)
         (data,) = ModelInferRequest.FromString(model.request).raw_input_contents
         self._offset = model.request.index(data)
 

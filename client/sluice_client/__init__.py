@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from sluice_client.aio import AsyncClient
+from sluice_client.aio_stream import AsyncInferStream
 from sluice_client.client import Client
 from sluice_client.errors import (
     Aborted,
@@ -40,6 +41,8 @@ from sluice_client.results import (
     TensorMetadata,
 )
 from sluice_client.settings import RetryPolicy, Tls
+from sluice_client.shared_memory import SharedMemory, SharedRoom, SharedTensor
+from sluice_client.stream import InferStream
 
 __version__ = version("sluice")
 
@@ -47,6 +50,7 @@ __all__ = [
     "Aborted",
     "AlreadyExists",
     "AsyncClient",
+    "AsyncInferStream",
     "BatchStatistics",
     "Cancelled",
     "Client",
@@ -56,6 +60,7 @@ __all__ = [
     "DeadlineExceeded",
     "Duration",
     "FailedPrecondition",
+    "InferStream",
     "Internal",
     "InvalidArgument",
     "InvalidRequest",
@@ -72,6 +77,9 @@ __all__ = [
     "RetryPolicy",
     "ServerError",
     "ServerMetadata",
+    "SharedMemory",
+    "SharedRoom",
+    "SharedTensor",
     "TensorMetadata",
     "Timing",
     "Tls",

@@ -4,19 +4,23 @@ An AsyncClient belongs to the event loop of its first call.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc.aio
 
 from sluice_client import operations
+from sluice_client.aio_stream import AsyncInferStream
 from sluice_client.base import BaseClient, CallArguments, MetadataLike
 from sluice_client.channels import failure
 from sluice_client.errors import ClientClosed
 from sluice_client.flow import Attempt, Flow, Outcome, Pause
-from sluice_client.results import Array, ModelIndex, ModelMetadata, ModelStatistics, Parameter, Result, ServerMetadata
+from sluice_client.operations import Inputs, Outputs
+from sluice_client.results import ModelIndex, ModelMetadata, ModelStatistics, Parameter, Result, ServerMetadata
 from sluice_client.settings import LOAD_DEADLINE_S
+from sluice_client.shared_memory import SharedMemory
 from sluice_proto.model_config_pb2 import ModelConfig
 
 T = TypeVar("T")
@@ -37,15 +41,18 @@ class AsyncClient(BaseClient):
 
     async def close(self) -> None:
         """As Client.close."""
-        for channel in self._channels.close():
+        channels = self._channels.close()
+        for stream in list(self._streams):
+            await stream.close(0.0)
+        for channel in channels:
             await channel.close()
 
     async def infer(
         self,
         model: str,
-        inputs: Mapping[str, Array],
+        inputs: Inputs,
         *,
-        outputs: Sequence[str] | None = None,
+        outputs: Outputs | None = None,
         version: str = "",
         request_id: str = "",
         priority: int = 0,
@@ -54,7 +61,7 @@ class AsyncClient(BaseClient):
         **call: Unpack[CallArguments],
     ) -> Result:
         """As Client.infer. Cancelling the task cancels the call."""
-        operation = operations.infer(
+        inference = operations.infer(
             model,
             inputs,
             outputs=outputs,
@@ -64,7 +71,24 @@ class AsyncClient(BaseClient):
             timeout_us=timeout_us,
             parameters=parameters,
         )
-        return await self._run(self._call(operation, **call))
+        return await self._run(self._infer(inference, call))
+
+    def stream(self, **call: Unpack[CallArguments]) -> AsyncInferStream:
+        """As Client.stream, in a running event loop: `async with client.stream() as stream:`."""
+        stream = AsyncInferStream(self._channels, self._flows, self._stream_options(**call))
+        self._streams.add(stream)
+        stream.reader.add_done_callback(lambda _: self._streams.discard(stream))
+        return stream
+
+    @asynccontextmanager
+    async def shared_memory(self, size_bytes: int, **call: Unpack[CallArguments]) -> AsyncIterator[SharedMemory]:
+        """As Client.shared_memory: `async with client.shared_memory(1 << 20) as memory:`."""
+        with self._new_memory(size_bytes, call) as memory:
+            await self._run(self._register(memory, call))
+            try:
+                yield memory
+            finally:
+                await self._run(self._unregister(memory, call))
 
     async def server_live(self, **call: Unpack[CallArguments]) -> bool:
         """As Client.server_live."""

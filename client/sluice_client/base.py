@@ -10,8 +10,12 @@ from sluice_client import operations
 from sluice_client.channels import Channels
 from sluice_client.endpoints import parse_endpoints
 from sluice_client.errors import InvalidRequest
+from sluice_client.exchange import StreamOptions, check_memory
 from sluice_client.flow import CallOptions, Flow, Flows, Metadata, Operation, check_deadline
+from sluice_client.operations import Inference
+from sluice_client.results import Result
 from sluice_client.settings import DEFAULT_DEADLINE_S, RetryPolicy, Tls
+from sluice_client.shared_memory import SharedMemory
 
 T = TypeVar("T")
 MetadataLike = Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]
@@ -61,6 +65,7 @@ class BaseClient:
         self._metadata = read_metadata(metadata)
         self._channels = Channels(self._grpcio, self._endpoints, tls, tuple(channel_options))
         self._flows = Flows(self._endpoints, retry or RetryPolicy(), clock_ns, random)
+        self._streams: set[Any] = set()  # the open ones of asyncio, whose channels need not end them when they close
 
     def __repr__(self) -> str:
         where = ", ".join(map(str, self._endpoints))
@@ -91,12 +96,40 @@ class BaseClient:
         """The flow of a call that changes a server, which must be a certain one."""
         if len(self._endpoints) > 1 and call.get("endpoint") is None:
             raise InvalidRequest(
-                f"this client has {len(self._endpoints)} endpoints, and a load or unload changes one server: "
+                f"this client has {len(self._endpoints)} endpoints, and this call changes one server: "
                 "say which with endpoint="
             )
         if call.get("deadline_s") is None:
             call["deadline_s"] = deadline_s
         return self._call(operation, **call)
+
+    def _infer(self, inference: Inference, call: CallArguments) -> Flow[Result]:
+        """The flow of an inference, which goes where its shared memory is known."""
+        if inference.endpoint:
+            endpoint = call.get("endpoint")
+            if endpoint is None:
+                call["endpoint"] = inference.endpoint
+            else:
+                check_memory(inference, endpoint)
+        return self._call(inference, **call)
+
+    def _register(self, memory: SharedMemory, call: CallArguments) -> Flow[None]:
+        return self._control(operations.register_memory(memory), call, self._deadline_s)
+
+    def _unregister(self, memory: SharedMemory, call: CallArguments) -> Flow[None]:
+        return self._control(operations.unregister_memory(memory), call, self._deadline_s)
+
+    def _new_memory(self, size_bytes: int, call: CallArguments) -> SharedMemory:
+        return SharedMemory(size_bytes, call.get("endpoint") or self.endpoints[0])
+
+    def _stream_options(
+        self, deadline_s: float | None = None, metadata: MetadataLike | None = None, endpoint: str | None = None
+    ) -> StreamOptions:
+        """What holds for a stream, its arguments checked; these are the CallArguments."""
+        if deadline_s is not None:
+            check_deadline(deadline_s)
+        pairs = self._metadata + read_metadata(metadata)
+        return StreamOptions(deadline_s, pairs, self._endpoint_number(endpoint), self._deadline_s)
 
     def _wait(
         self, timeout_s: float, model: str | None, version: str, metadata: MetadataLike | None, endpoint: str | None

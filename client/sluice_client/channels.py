@@ -13,6 +13,7 @@ from sluice_client.settings import MAX_MESSAGE_BYTES, Tls
 from sluice_client.trailers import pushback
 
 METHOD_PREFIX: Final = "/inference.GRPCInferenceService/"
+STREAM_INFER: Final = "ModelStreamInfer"  # the one RPC that is a stream
 
 ChannelOptions = tuple[tuple[str, Any], ...]
 
@@ -78,7 +79,7 @@ class Channels:
         return self.closed.is_set()
 
     def callable(self, endpoint: int, rpc: str) -> Any:
-        """What calls this RPC with bytes and returns bytes. Raises ClientClosed."""
+        """What calls this RPC with bytes and returns bytes, or iterators of them. Raises ClientClosed."""
         found = self._callables.get((endpoint, rpc))
         if found is None or self.is_closed:
             found = self._make_callable(endpoint, rpc)
@@ -99,7 +100,8 @@ class Channels:
                 raise ClientClosed("the client is closed; make a new one")
             if endpoint not in self._channels:
                 self._channels[endpoint] = self._open(self._endpoints[endpoint])
-            made = self._channels[endpoint].unary_unary(METHOD_PREFIX + rpc)
+            channel = self._channels[endpoint]
+            made = (channel.stream_stream if rpc == STREAM_INFER else channel.unary_unary)(METHOD_PREFIX + rpc)
             self._callables[endpoint, rpc] = made
             return made
 

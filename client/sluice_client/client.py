@@ -4,7 +4,8 @@ A Client may be used by many threads at once. What threads share is in Flows and
 gRPC's channels, which are thread-safe.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -15,8 +16,11 @@ from sluice_client.base import BaseClient, CallArguments, MetadataLike
 from sluice_client.channels import failure
 from sluice_client.errors import ClientClosed
 from sluice_client.flow import Attempt, Flow, Outcome, Pause
-from sluice_client.results import Array, ModelIndex, ModelMetadata, ModelStatistics, Parameter, Result, ServerMetadata
+from sluice_client.operations import Inputs, Outputs
+from sluice_client.results import ModelIndex, ModelMetadata, ModelStatistics, Parameter, Result, ServerMetadata
 from sluice_client.settings import LOAD_DEADLINE_S
+from sluice_client.shared_memory import SharedMemory
+from sluice_client.stream import InferStream
 from sluice_proto.model_config_pb2 import ModelConfig
 
 T = TypeVar("T")
@@ -47,9 +51,9 @@ class Client(BaseClient):
     def infer(
         self,
         model: str,
-        inputs: Mapping[str, Array],
+        inputs: Inputs,
         *,
-        outputs: Sequence[str] | None = None,
+        outputs: Outputs | None = None,
         version: str = "",
         request_id: str = "",
         priority: int = 0,
@@ -59,13 +63,14 @@ class Client(BaseClient):
     ) -> Result:
         """Run the model on `inputs`, arrays by input name, and return its outputs.
 
-        `outputs` names the wanted outputs (None: all), `version` the model version ("": the newest), `request_id` a
-        text that comes back in the Result. `priority` is the model's scheduling class (1 is the highest, 0 the
-        model's default), `timeout_us` how many microseconds the request may wait in the server's queue (0: as the
-        model is configured). `parameters` go to the server as they are, those of sequences too; a step of a sequence
-        is never retried once it may have been seen.
+        An input may also be in shared memory, as SharedMemory.write gives it. `outputs` names the wanted outputs (None:
+        all); a mapping of names also says where each is to go: None for the answer, or a SharedMemory.room. `version`
+        is the model version ("": the newest), `request_id` a text that comes back in the Result. `priority` is the
+        model's scheduling class (1 is the highest, 0 the model's default), `timeout_us` how many microseconds the
+        request may wait in the server's queue (0: as the model is configured). `parameters` go to the server as they
+        are, those of sequences too; a step of a sequence is never retried once it may have been seen.
         """
-        operation = operations.infer(
+        inference = operations.infer(
             model,
             inputs,
             outputs=outputs,
@@ -75,7 +80,34 @@ class Client(BaseClient):
             timeout_us=timeout_us,
             parameters=parameters,
         )
-        return self._run(self._call(operation, **call))
+        return self._run(self._infer(inference, call))
+
+    def stream(self, **call: Unpack[CallArguments]) -> InferStream:
+        """Open a stream (ModelStreamInfer) for many requests to one server: `with client.stream() as stream:`.
+
+        All its requests go to one server, in their order, as those of a sequence must. One costs about what a call
+        does. `deadline_s` bounds the life of the whole stream (None: nothing does), `metadata` is sent once. Nothing of
+        a stream is retried. A server that is not there shows with the first request.
+        """
+        return InferStream(self._channels, self._flows, self._stream_options(**call))
+
+    @contextmanager
+    def shared_memory(self, size_bytes: int, **call: Unpack[CallArguments]) -> Iterator[SharedMemory]:
+        """Make shared memory and register it at the server: `with client.shared_memory(1 << 20) as memory:`.
+
+        For a server on this machine (Linux) that was started with --allow-client-shm and may open files of this user:
+        what it refuses is the ServerError that it says. In the block, `memory.write(array)` is an input of this
+        client's calls and streams, `memory.room(size_bytes)` a place for an output, and the array in the Result is a
+        view of it: `.copy()` it before a later request writes there. At the end the server forgets the memory, and it
+        is removed; only a process that is killed leaves both behind. With several endpoints, `endpoint` says which one,
+        and requests with the memory go there by themselves. InvalidRequest when the system has no such memory to give.
+        """
+        with self._new_memory(size_bytes, call) as memory:
+            self._run(self._register(memory, call))
+            try:
+                yield memory
+            finally:
+                self._run(self._unregister(memory, call))
 
     def server_live(self, **call: Unpack[CallArguments]) -> bool:
         """Whether the server process serves. Raises Unavailable when it cannot be reached."""

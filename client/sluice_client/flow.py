@@ -11,13 +11,22 @@ Invariants:
 """
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from sluice_client.balancer import Balancer
 from sluice_client.endpoints import Endpoint
-from sluice_client.errors import BY_CODE, ClientError, DeadlineExceeded, InvalidRequest, NotReady, Unavailable, Unknown
+from sluice_client.errors import (
+    BY_CODE,
+    ClientError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotReady,
+    ServerError,
+    Unavailable,
+    Unknown,
+)
 from sluice_client.retries import Budget, Failure, Origin, Safety, backoff_ns, is_safe
 from sluice_client.settings import MAX_DEADLINE_S, NO_RETRIES, RetryPolicy
 
@@ -98,7 +107,7 @@ class Flows:
     ) -> None:
         self._endpoints = endpoints
         self._policy = policy
-        self._clock_ns = clock_ns
+        self.clock_ns = clock_ns
         self._random = random
         self._lock = threading.Lock()
         self._balancer = Balancer(len(endpoints), random)
@@ -113,17 +122,17 @@ class Flows:
         """The flow of one call. Raises ServerError, or InvalidResponse when the answer cannot be read."""
         check_deadline(options.deadline_s)
         policy = policy or self._policy
-        started_ns = now_ns = self._clock_ns()
+        started_ns = now_ns = self.clock_ns()
         deadline_ns = started_ns + int(options.deadline_s * _NS_PER_S)
         tried: set[int] = set()
         attempts = retries = 0
         while True:
-            index = self._pick(options.endpoint, now_ns, tried)
+            index = self.pick(options.endpoint, now_ns, tried)
             attempts += 1
             timeout_s = (deadline_ns - now_ns) / _NS_PER_S
             outcome = yield Attempt(index, operation.rpc, operation.request, timeout_s, options.metadata)
-            attempt_ns, now_ns = now_ns, self._clock_ns()
-            self._learn(index, outcome, now_ns, attempt_ns)
+            attempt_ns, now_ns = now_ns, self.clock_ns()
+            self.learn(index, outcome, now_ns, attempt_ns)
             if isinstance(outcome, bytes):
                 timing = Timing(now_ns - started_ns, attempts, self._endpoints[index].text)
                 return operation.parse(outcome, timing)
@@ -136,12 +145,12 @@ class Flows:
                 delay_ns = self._retry_delay_ns(outcome, operation.safety, policy, retries)
                 retries += 1
             if delay_ns is None or now_ns + delay_ns >= deadline_ns:
-                raise self._error(outcome, operation, index, attempts)
+                raise self.error(outcome, operation.model, index, attempts)
             if delay_ns:
                 yield Pause(delay_ns / _NS_PER_S)
-                now_ns = self._clock_ns()
+                now_ns = self.clock_ns()
             if now_ns >= deadline_ns:
-                raise self._error(outcome, operation, index, attempts)
+                raise self.error(outcome, operation.model, index, attempts)
 
     def wait_until_ready(
         self, what: str, operation: Operation[bool], timeout_s: float, metadata: Metadata, endpoint: int | None
@@ -151,32 +160,33 @@ class Flows:
         Not yet reachable, not answering and "no" are what waiting is for; every other status would not change by it.
         """
         check_deadline(timeout_s)
-        started_ns = self._clock_ns()
+        started_ns = self.clock_ns()
         end_ns = started_ns + int(timeout_s * _NS_PER_S)
         pause_ns = FIRST_POLL_PAUSE_NS
         while True:
             last: ClientError | None = None
-            left_s = (end_ns - self._clock_ns()) / _NS_PER_S
+            left_s = (end_ns - self.clock_ns()) / _NS_PER_S
             try:
                 options = CallOptions(min(max(left_s, 1e-3), POLL_DEADLINE_S), metadata, endpoint)
                 if (yield from self.call(operation, options, NO_RETRIES)):
                     return
             except (Unavailable, DeadlineExceeded) as error:
                 last = error
-            left_ns = end_ns - self._clock_ns()
+            left_ns = end_ns - self.clock_ns()
             if left_ns <= pause_ns:
                 raise NotReady(what, timeout_s, last) from last
             yield Pause(pause_ns / _NS_PER_S)
             pause_ns = min(pause_ns * 2, MAX_POLL_PAUSE_NS)
 
-    def _pick(self, pinned: int | None, now_ns: int, tried: set[int]) -> int:
+    def pick(self, pinned: int | None, now_ns: int, tried: Collection[int] = ()) -> int:
+        """The endpoint for the next attempt: `pinned`, or one that was not tried, if there is a healthy one."""
         if pinned is not None:
             return pinned
         with self._lock:
             return self._balancer.pick(now_ns, tried)
 
-    def _learn(self, index: int, outcome: Outcome, now_ns: int, attempt_ns: int) -> None:
-        """Keep what the outcome says about the endpoint's health."""
+    def learn(self, index: int, outcome: Outcome, now_ns: int, attempt_ns: int) -> None:
+        """Keep what the outcome of an attempt, begun at `attempt_ns`, says about the endpoint's health."""
         code = outcome.code if isinstance(outcome, Failure) else "OK"
         with self._lock:
             if code == "OK":
@@ -186,6 +196,10 @@ class Flows:
             elif code not in ("DEADLINE_EXCEEDED", "CANCELLED"):
                 # Those two are often made on this side and say nothing about the server.
                 self._balancer.answered(index)
+
+    def text_of(self, index: int) -> str:
+        """An endpoint as it was given."""
+        return self._endpoints[index].text
 
     def _fails_over(self, failure: Failure, safety: Safety, pinned: int | None, now_ns: int, tried: set[int]) -> bool:
         """Whether to go to another endpoint at once: nothing was sent, so it costs no server anything."""
@@ -204,10 +218,11 @@ class Flows:
             return None
         return failure.pushback_ns if failure.pushback_ns is not None else backoff_ns(policy, retries, self._random)
 
-    def _error(self, failure: Failure, operation: Operation[T], index: int, attempts: int) -> ClientError:
+    def error(self, failure: Failure, model: str, index: int, attempts: int = 1) -> ServerError:
+        """The exception for a failed attempt, which was the last one, at this endpoint."""
         cls = BY_CODE.get(failure.code, Unknown)
         retry_after_s = None if failure.pushback_ns is None else failure.pushback_ns / _NS_PER_S
-        return cls(failure.message, operation.model, self._endpoints[index].text, attempts, retry_after_s)
+        return cls(failure.message, model, self._endpoints[index].text, attempts, retry_after_s)
 
 
 def check_deadline(deadline_s: float) -> None:

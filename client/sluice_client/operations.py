@@ -5,9 +5,10 @@ for the server to say.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypedDict, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
@@ -26,8 +27,9 @@ from sluice_client.results import (
     ServerMetadata,
     TensorMetadata,
 )
-from sluice_client.retries import Safety
+from sluice_client.retries import Failure, Safety
 from sluice_client.settings import MAX_MESSAGE_BYTES
+from sluice_client.shared_memory import SharedMemory, SharedRoom, SharedTensor
 from sluice_proto import tensors, wire
 from sluice_proto.errors import ProtoError, TensorError
 from sluice_proto.grpc_service_pb2 import (
@@ -43,6 +45,7 @@ from sluice_proto.grpc_service_pb2 import (
     ModelRepositoryParameter,
     ModelStatisticsRequest,
     ModelStatisticsResponse,
+    ModelStreamInferResponse,
     RepositoryIndexRequest,
     RepositoryIndexResponse,
     RepositoryModelLoadRequest,
@@ -54,27 +57,54 @@ from sluice_proto.grpc_service_pb2 import (
     ServerReadyRequest,
     ServerReadyResponse,
     StatisticDuration,
+    SystemSharedMemoryRegisterRequest,
+    SystemSharedMemoryUnregisterRequest,
 )
 from sluice_proto.model_config_pb2 import ModelConfig
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
+Inputs = Mapping[str, Array | SharedTensor]
+Outputs = Sequence[str] | Mapping[str, SharedRoom | None]
+Rooms = Mapping[str, SharedRoom]
 
 _RAW_FIELD: Final = ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+# How an answer of a stream that is an error tells its status (both Sluice's own; others have the text alone).
+_STATUS, _PUSHBACK_MS = "grpc_status", "grpc_retry_pushback_ms"
+_NS_PER_MS: Final = 1_000_000
 _MIN_INT64, _MAX_INT64, _MAX_UINT64 = -(2**63), 2**63 - 1, 2**64 - 1
+
+
+class InferArguments(TypedDict, total=False):
+    """What an inference takes besides model and inputs, each as Client.infer explains it."""
+
+    outputs: Outputs | None
+    version: str
+    request_id: str
+    priority: int
+    timeout_us: int
+    parameters: Mapping[str, Parameter] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inference(Operation[Result]):
+    """An inference: `rooms` are where outputs come in shared memory, `endpoint` the server that knows it ("": none)."""
+
+    rooms: Rooms = field(default_factory=dict)
+    endpoint: str = ""
 
 
 def infer(
     model: str,
-    inputs: Mapping[str, Array],
+    inputs: Inputs,
     *,
-    outputs: Sequence[str] | None,
-    version: str,
-    request_id: str,
-    priority: int,
-    timeout_us: int,
-    parameters: Mapping[str, Parameter] | None,
-) -> Operation[Result]:
+    outputs: Outputs | None = None,
+    version: str = "",
+    request_id: str = "",
+    priority: int = 0,
+    timeout_us: int = 0,
+    parameters: Mapping[str, Parameter] | None = None,
+) -> Inference:
     """ModelInfer. Inputs are sent in raw form, each array copied once, into the message."""
     extra = dict(parameters or {})
     for name, value in (("priority", priority), ("timeout", timeout_us)):
@@ -88,11 +118,14 @@ def infer(
     )
     for key, parameter in extra.items():
         head.parameters[_name("parameter", key)].CopyFrom(_infer_parameter(key, parameter))
-    for output in _names("outputs", outputs or ()):
-        head.outputs.add(name=output)
+    rooms = _add_outputs(head, outputs or ())
     parts: list[Any] = [b""]
-    for name, array in inputs.items():
-        raw = _add_input(head, name, array)
+    for name, tensor in inputs.items():
+        if isinstance(tensor, SharedTensor):
+            item = head.inputs.add(name=_name("input", name), datatype=tensor.datatype, shape=tensor.shape)
+            _put_into_region(item, tensor)
+            continue
+        raw = _add_input(head, name, tensor)
         parts += (wire.length_delimited(_RAW_FIELD, len(raw)), raw)
     parts[0] = head.SerializeToString()
     size_bytes = sum(map(len, parts))
@@ -100,7 +133,12 @@ def infer(
         raise InvalidRequest(f"the request has {size_bytes} bytes, gRPC carries at most {MAX_MESSAGE_BYTES}")
     in_sequence = extra.get("sequence_id", 0) not in (0, "")
     safety = Safety.UNSENT if in_sequence else Safety.REPEATABLE
-    return Operation("ModelInfer", b"".join(parts), _result, safety, model)
+    memories = [tensor.memory for tensor in (*inputs.values(), *rooms.values()) if not isinstance(tensor, np.ndarray)]
+
+    def read(answer: bytes, timing: Timing) -> Result:
+        return result_of(_message(ModelInferResponse, answer), timing, rooms)
+
+    return Inference("ModelInfer", b"".join(parts), read, safety, model, rooms, _endpoint_of(memories))
 
 
 def server_live() -> Operation[bool]:
@@ -179,6 +217,18 @@ def load_model(
     return Operation("RepositoryModelLoad", request.SerializeToString(), _nothing, Safety.NEVER, model)
 
 
+def register_memory(memory: SharedMemory) -> Operation[None]:
+    """SystemSharedMemoryRegister; never repeated."""
+    request = SystemSharedMemoryRegisterRequest(name=memory.name, key=memory.key, byte_size=memory.size_bytes)
+    return Operation("SystemSharedMemoryRegister", request.SerializeToString(), _nothing, Safety.NEVER)
+
+
+def unregister_memory(memory: SharedMemory) -> Operation[None]:
+    """SystemSharedMemoryUnregister; to say it twice does no harm."""
+    request = SystemSharedMemoryUnregisterRequest(name=memory.name)
+    return Operation("SystemSharedMemoryUnregister", request.SerializeToString(), _nothing)
+
+
 def unload_model(model: str, *, unload_dependents: bool) -> Operation[None]:
     """RepositoryModelUnload; never repeated."""
     request = RepositoryModelUnloadRequest(model_name=_name("model", model))
@@ -222,19 +272,58 @@ def _add_input(head: ModelInferRequest, name: str, array: Array) -> bytes | Arra
     return raw
 
 
-def outputs_of(message: ModelInferResponse) -> dict[str, Array]:
-    """The outputs of an answer by name, in its order. Raises InvalidResponse."""
+def _add_outputs(head: ModelInferRequest, outputs: Outputs) -> Rooms:
+    """Name the wanted outputs in `head`; gives those that are to go into shared memory."""
+    rooms = {}
+    for name in _names("outputs", outputs):
+        output = head.outputs.add(name=name)
+        room = outputs[name] if isinstance(outputs, Mapping) else None
+        if room is not None:
+            if not isinstance(room, SharedRoom):
+                raise InvalidRequest(
+                    f"output {name!r}: None or a SharedRoom says where it is to go, got {type(room).__name__}"
+                )
+            _put_into_region(output, room)
+            rooms[name] = room
+    return rooms
+
+
+def _put_into_region(item: Any, place: SharedTensor | SharedRoom) -> None:
+    place.memory.check_open()
+    item.parameters["shared_memory_region"].string_param = place.memory.name
+    item.parameters["shared_memory_byte_size"].int64_param = place.size_bytes
+    if place.offset:
+        item.parameters["shared_memory_offset"].int64_param = place.offset
+
+
+def _endpoint_of(memories: Iterable[SharedMemory]) -> str:
+    """The one server that knows all of them, "" for none."""
+    endpoints = sorted({memory.endpoint for memory in memories})
+    if len(endpoints) > 1:
+        raise InvalidRequest(
+            f"the request's shared memory is registered at several servers, {', '.join(endpoints)}; one has to know all"
+        )
+    return endpoints[0] if endpoints else ""
+
+
+def outputs_of(message: ModelInferResponse, rooms: Rooms = MappingProxyType({})) -> dict[str, Array]:
+    """The outputs of an answer by name, in its order, those of `rooms` from there. Raises InvalidResponse."""
     raws = iter(message.raw_output_contents)
     outputs = {}
     for output in message.outputs:
         dtype = tensors.BY_NAME.get(output.datatype)
         if dtype is None:
             raise InvalidResponse(f"output {output.name!r} has the unknown datatype {output.datatype!r}")
+        room = rooms.get(output.name)
         try:
             if output.HasField("contents"):
                 array = tensors.from_contents(dtype, output.shape, output.contents)
-            else:
+            elif room is None:
                 array = tensors.view(dtype, output.shape, next(raws))
+            else:
+                # A server that knows nothing of shared memory has put the data here.
+                raw = next(raws, b"")
+                array = tensors.view(dtype, output.shape, raw) if raw else room.read(dtype, tuple(output.shape))
         except StopIteration:
             raise InvalidResponse(f"the answer holds no data for output {output.name!r}") from None
         except ProtoError as error:
@@ -243,9 +332,24 @@ def outputs_of(message: ModelInferResponse) -> dict[str, Array]:
     return outputs
 
 
-def _result(answer: bytes, timing: Timing) -> Result:
-    message = _message(ModelInferResponse, answer)
-    outputs = outputs_of(message)
+def stream_answer(answer: bytes) -> ModelStreamInferResponse:
+    """An answer of a stream; for whom it is stands in it. Raises InvalidResponse."""
+    return _message(ModelStreamInferResponse, answer)
+
+
+def stream_failure(message: ModelStreamInferResponse) -> Failure | None:
+    """The error that an answer of a stream is, None when it is none. Its code is UNKNOWN unless the server told it."""
+    if not message.error_message:
+        return None
+    told = message.infer_response.parameters
+    code = told[_STATUS].string_param if _STATUS in told else "UNKNOWN"
+    pushback_ns = told[_PUSHBACK_MS].int64_param * _NS_PER_MS if _PUSHBACK_MS in told else None
+    return Failure(code, message.error_message, pushback_ns=pushback_ns)
+
+
+def result_of(message: ModelInferResponse, timing: Timing, rooms: Rooms) -> Result:
+    """The Result that an answer is, with the outputs that are in shared memory. Raises InvalidResponse."""
+    outputs = outputs_of(message, rooms)
     parameters = {key: _parameter_value(value) for key, value in message.parameters.items()}
     return Result(
         MappingProxyType(outputs),
@@ -337,7 +441,7 @@ def _name(what: str, value: str) -> str:
     return _text(f"the {what} name", value)
 
 
-def _names(what: str, values: Sequence[str]) -> Sequence[str]:
+def _names(what: str, values: Iterable[str]) -> Sequence[str]:
     if isinstance(values, str):
         raise InvalidRequest(f"{what} is a sequence of names, got the string {values!r}; write [{values!r}]")
     return [_name("output", value) for value in values]

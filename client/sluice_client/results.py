@@ -16,9 +16,10 @@ Parameter = bool | int | float | str
 class Result(Mapping[str, Array]):
     """The answer to an inference: a mapping from output name to array, in the server's order.
 
-    Arrays of a fixed-size type are read-only views of the answer's bytes: `.copy()` one to write into it. BYTES
-    outputs are object arrays of bytes. `model_version` is the version that ran, `id` the request's id,
-    `parameters` what the server said about the answer as a whole, `timing` how long it took and where.
+    Arrays of a fixed-size type are read-only views of the answer's bytes, or of the shared memory that the output went
+    to: `.copy()` one to write into it. BYTES outputs are object arrays of bytes. `model_version` is the version that
+    ran, `id` the request's id, `parameters` what the server said about the answer as a whole, `timing` how long it took
+    and where.
     """
 
     outputs: Mapping[str, Array]

@@ -8,6 +8,8 @@ from sluice_client.errors import InvalidRequest
 
 DEFAULT_DEADLINE_S: Final = 30.0  # far above any healthy inference, far below the patience of whoever waits for it
 LOAD_DEADLINE_S: Final = 600.0  # a load answers when the model is up, and large ones warm up for minutes
+STREAM_CLOSE_S: Final = 30.0  # how long a closed stream waits for answers: as long as their callers do by default
+STREAM_IN_FLIGHT_MAX: Final = 65_536  # requests of one stream: far above what servers take ahead, and memory is finite
 DEFAULT_PORT: Final = 8001  # where servers of this protocol listen for gRPC
 MAX_DEADLINE_S: Final = 365 * 86_400.0  # beyond it gRPC's own arithmetic on deadlines overflows
 MAX_MESSAGE_BYTES: Final = 2**31 - 1  # INT32_MAX, the largest that gRPC and protobuf can express

@@ -1,5 +1,6 @@
 """Fixtures of the client's tests: running fake servers, and clients of both kinds."""
 
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,3 +50,11 @@ def make_server() -> Iterator[Callable[..., FakeServer]]:
 @pytest.fixture
 def server(make_server: Callable[..., FakeServer]) -> FakeServer:
     return make_server()
+
+
+@pytest.fixture
+def dead_address() -> Iterator[str]:
+    """An address that refuses connections as long as the test runs."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{holder.getsockname()[1]}"

@@ -1,14 +1,15 @@
 """A small real gRPC server of the protocol for the client's tests, with faults injected on purpose.
 
 It serves the models `identity` (each input comes back under its name) and `silent` (never answers until released).
-`faults` are consumed first: the next calls fail as scripted. `seen` records every call.
+`faults` are consumed first: the next calls fail as scripted. `seen` records every call. A stream of inference is
+answered by `talk`, which gets an iterator of its requests.
 """
 
 import contextlib
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ from sluice_proto import grpc_service_pb2 as pb
 from sluice_proto.model_config_pb2 import ModelConfig
 
 _SERVICE = "/inference.GRPCInferenceService/"
+
+
+Talk = Callable[[Iterator[pb.ModelInferRequest], grpc.ServicerContext], Iterator[bytes]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class FakeServer:
     release: threading.Event = field(default_factory=threading.Event)
     on_call: Callable[[Seen], None] = lambda seen: None
     answers: dict[str, bytes] = field(default_factory=dict)
+    talk: Talk | None = None
 
     def __post_init__(self) -> None:
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
@@ -75,6 +80,8 @@ class FakeServer:
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         rpc = details.method.removeprefix(_SERVICE)
+        if rpc == "ModelStreamInfer":
+            return grpc.stream_stream_rpc_method_handler(self._stream)
         request_type = getattr(pb, f"{rpc}Request")
 
         def handle(request: bytes, context: grpc.ServicerContext) -> bytes:
@@ -90,6 +97,24 @@ class FakeServer:
             return _answer(self, rpc, self.seen[-1].request, context).SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _stream(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        assert self.talk is not None
+        context.add_callback(self.cancelled.set)
+        metadata = dict(context.invocation_metadata())
+        self.seen.append(Seen("ModelStreamInfer", None, metadata, context.time_remaining() or 0.0))
+        yield from self.talk(map(pb.ModelInferRequest.FromString, requests), context)
+
+
+def answer_of(request: pb.ModelInferRequest, request_id: str | None = None, error: str = "") -> bytes:
+    """An answer of a stream that says X back, or an error, with this id in place of the request's."""
+    response = pb.ModelStreamInferResponse(error_message=error)
+    response.infer_response.id = request.id if request_id is None else request_id
+    if not error:
+        response.infer_response.model_name = request.model_name
+        response.infer_response.outputs.add(name="X", datatype="FP32", shape=request.inputs[0].shape)
+        response.infer_response.raw_output_contents.append(request.raw_input_contents[0])
+    return response.SerializeToString()
 
 
 def _answer(server: FakeServer, rpc: str, request: Any, context: grpc.ServicerContext) -> Message:

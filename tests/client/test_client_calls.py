@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -41,14 +40,6 @@ FAST = RetryPolicy(initial_backoff_s=0.001)
 
 MakeClient = Callable[..., Any]
 MakeServer = Callable[..., FakeServer]
-
-
-@pytest.fixture
-def dead_address() -> Any:
-    """An address that refuses connections as long as the test runs."""
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{holder.getsockname()[1]}"
 
 
 def test_inference_gives_arrays_and_how_it_went(make_client: MakeClient, server: FakeServer) -> None:

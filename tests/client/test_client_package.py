@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import sluice_client
-from sluice_client import AsyncClient, Client, ServerError, errors
+from sluice_client import AsyncClient, AsyncInferStream, Client, InferStream, ServerError, errors
 
 
 def test_all_is_sorted_and_names_every_public_thing() -> None:
@@ -28,7 +28,10 @@ def test_every_exception_is_public_and_drawn_in_the_tree() -> None:
     assert len(errors.BY_CODE) == 16
 
 
-def test_both_clients_have_the_same_methods_with_the_same_parameters_in_the_same_order() -> None:
+@pytest.mark.parametrize(("blocking", "asynchronous"), [(Client, AsyncClient), (InferStream, AsyncInferStream)])
+def test_both_clients_have_the_same_methods_with_the_same_parameters_in_the_same_order(
+    blocking: type, asynchronous: type
+) -> None:
     def methods(cls: type) -> dict[str, list[inspect.Parameter]]:
         functions = inspect.getmembers(cls, inspect.isfunction)
         return {
@@ -37,7 +40,7 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters_in_the_same
             if not name.startswith("_") or name == "__init__"
         }
 
-    assert methods(Client) == methods(AsyncClient)
+    assert methods(blocking) == methods(asynchronous)
 
 
 @pytest.mark.parametrize("cls", errors.BY_CODE.values())

@@ -141,6 +141,7 @@ def test_options_reach_the_requests(run: Run, server: FakeServer, tmp_path: Path
     assert all(5 < seen.time_remaining_s < 8 for seen in loaded)
 
 
+@pytest.mark.long
 def test_a_search_that_never_meets_its_objective_says_so(run: Run, server: FakeServer) -> None:
     server.on_call = refuse_all_but_the_first(server)
     exit_status, out, _ = run(
@@ -172,6 +173,7 @@ def test_a_search_up_to_its_highest_rate_says_so_and_counts_replicas(run: Run, j
     assert len(err.splitlines()) == 2 + len(found["curve"])
 
 
+@pytest.mark.long
 def test_a_search_in_which_the_generator_is_the_limit_fails(run: Run) -> None:
     exit_status, out, _ = run(
         *("--find-capacity", "--slo", "p99=20ms", "--start-rate", "20000", "--window", "0.02", "--warmup", "0"),
@@ -181,6 +183,7 @@ def test_a_search_in_which_the_generator_is_the_limit_fails(run: Run) -> None:
     assert out.endswith(", at 20,000 requests/s, so this is no limit of the server\n")
 
 
+@pytest.mark.long
 def test_the_capacity_of_a_real_server_is_near_one_over_its_service_time(start_server, repository) -> None:
     """A model of a few milliseconds, one request at a time: what else the machine does is in its service time too.
 

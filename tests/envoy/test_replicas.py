@@ -51,6 +51,7 @@ def turns(pair: Pair, least: int = 1) -> Iterator[tuple[Replica, Replica]]:
         yield pair.replicas[number % 2], pair.replicas[1 - number % 2]
 
 
+@pytest.mark.long
 def test_a_rolling_restart_drains_each_in_turn_and_loses_no_request(pair):
     with under_load(pair.envoy.address) as load:
         for drained, other in turns(pair, least=2):
@@ -62,6 +63,7 @@ def test_a_rolling_restart_drains_each_in_turn_and_loses_no_request(pair):
     assert load.failed == {}
 
 
+@pytest.mark.long
 def test_one_that_is_killed_loses_only_what_was_in_flight_there(pair):
     for replica, _ in turns(pair):
         with under_load(pair.envoy.address) as load:

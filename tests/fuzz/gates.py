@@ -47,7 +47,7 @@ class Gates:
         for path, call in zip(PATHS, calls, strict=True):
             header = wanted.get(path.rpartition("/")[2])
             assert (call in passed) == (header is None or header == (name, value)), (path, header)
-            ends = call.stream.ends if isinstance(call.stream, RecordingStream) else [end for end, _ in call.ends]
+            ends = [end for end, _ in call.ends] if isinstance(call, RecordingCall) else call.stream.ends
             if call in passed:
                 assert not ends
                 continue
@@ -66,10 +66,10 @@ class Gates:
         assert SECRET not in text or any(SECRET in flag.partition("=")[0] for flag in flags)
 
     @staticmethod
-    def _call(path: str, name: str, value: str) -> RecordingCall:
+    def _call(path: str, name: str, value: str) -> Call:
         metadata = (("user-agent", "fuzz"), (name, value))
         if path == STREAMED:
-            return RecordingCall(b"", path, metadata=metadata, stream=RecordingStream(path, metadata=metadata))
+            return RecordingStream(path, metadata=metadata).message(b"")
         return RecordingCall(b"", path, metadata=metadata)
 
     def look(self) -> None:

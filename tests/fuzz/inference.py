@@ -166,7 +166,7 @@ class Streams:
     def look(self) -> None:
         """A good request is answered, no stream is left, and the queues are empty."""
         check_good(self.serving)
-        assert not self.serving.dispatcher._infer_streams._open
+        assert not len(self.serving.dispatcher._infer_streams)
         check_at_rest(self.serving.manager.served())
 
 

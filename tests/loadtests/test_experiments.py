@@ -169,12 +169,14 @@ def test_equal_calls_run_once_with_a_cache_and_each_without(tmp_path: Path) -> N
     assert figures[coalesce.LAST] > 0
 
 
+@pytest.mark.long
 def test_in_bursts_no_run_starts_after_its_deadline(tmp_path: Path) -> None:
     figures = burst.Burst(place(tmp_path)).measure().figures
     assert figures[burst.LATE_AT_ONCE] == figures[burst.LATE_IN_TURN] == 0
     assert figures[burst.RATIO] == figures[burst.IN_TURN] / max(1, figures[burst.FIFO_IN_TURN])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load (nghttp2-client) is not installed")
 def test_under_overload_there_are_answers_and_refusals(tmp_path: Path) -> None:
     figures = overload.Overload(place(tmp_path)).measure().figures
@@ -184,6 +186,7 @@ def test_under_overload_there_are_answers_and_refusals(tmp_path: Path) -> None:
     assert figures[overload.REFUSAL_CLIENT_P50] <= figures[overload.REFUSAL_CLIENT_P99]
 
 
+@pytest.mark.long
 def test_steps_find_the_best_of_the_grid_and_measure_every_step(tmp_path: Path) -> None:
     figures = steps.Steps(place(tmp_path)).measure().figures
     assert figures[steps.SIZE] in steps.GRID

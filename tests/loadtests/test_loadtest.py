@@ -42,6 +42,12 @@ def loadtest(folder: Path, scenario: Path, *flags: str) -> tuple[subprocess.Comp
     return done, json.loads(files[0].read_text()) if files else {}
 
 
+def left_behind() -> list[Path]:
+    """The shared memory, of either client, whose process has ended."""
+    objects = ((re.match(r"sluice-(?:load-)?(\d+)-", path.name), path) for path in Path("/dev/shm").iterdir())
+    return [path for found, path in objects if found and not Path("/proc", found[1]).exists()]
+
+
 def failed(result: dict[str, Any]) -> set[str]:
     return {each["key"] for each in result["objectives"] if not each["passed"]}
 
@@ -66,6 +72,7 @@ def test_a_short_run_keeps_its_ratios(tmp_path, transport):
     )
 
 
+@pytest.mark.long
 def test_a_slow_server_fails_each_kind_of_objective(tmp_path):
     """The model takes some 0.1 s; of 30 requests a second, half leave after 0.2 s and the others wait.
 
@@ -106,6 +113,7 @@ def check_report(text: str) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!#)|@import|url\((?!#)""", text)
 
 
+@pytest.mark.long
 def test_a_generator_that_cannot_keep_up_fails_the_run(tmp_path):
     """Its one open request meets a model of 0.1 s; all objectives are kept."""
     write_repository(tmp_path, iterations=100_000)
@@ -124,11 +132,12 @@ def test_a_generator_that_cannot_keep_up_fails_the_run(tmp_path):
     assert re.search(r"\| the generator kept up +\| +\| +no \| FAIL \|", done.stdout)
 
 
+@pytest.mark.long
 def test_every_protocol_and_client_by_two_workers_on_a_server_that_runs(tmp_path, start_server: StartServer):
     repository = write_repository(tmp_path)
     server = start_server(repository, allow_client_shm=True)
-    ways = [("unary", "sluice"), ("unary", "tritonclient"), ("stream", "tritonclient"), ("rest", "tritonclient"),
-            ("shared_memory", "tritonclient")]  # fmt: skip
+    ways = [("unary", "sluice"), ("unary", "tritonclient"), ("stream", "sluice"), ("stream", "tritonclient"),
+            ("rest", "tritonclient"), ("shared_memory", "sluice"), ("shared_memory", "tritonclient")]  # fmt: skip
     requests = "\n".join(
         f'[[requests]]\nmodel = "double"\nprotocol = "{protocol}"\nclient = "{client}"\nrows = [1, 3]\npriority = 0\n'
         "deadline_ms = 10_000\n"
@@ -148,9 +157,10 @@ def test_every_protocol_and_client_by_two_workers_on_a_server_that_runs(tmp_path
     assert min(told["service_ms"].values()) > 0
     assert told["measured"]["lone_p50_ms"] > 0
     assert told["measured"]["server_rss_mib"] is None
-    assert not list(Path("/dev/shm").glob("sluice-load-*"))
+    assert not left_behind()
 
 
+@pytest.mark.long
 def test_a_model_that_answers_otherwise_than_its_sample_ends_the_run(tmp_path):
     repository = write_repository(tmp_path)
     rows = np.ones((4, 1), np.float32)
@@ -182,6 +192,7 @@ def test_what_would_only_show_after_the_load_is_refused_before(tmp_path, capsys,
     assert capsys.readouterr().err.startswith(f"loadtest: {problem}")
 
 
+@pytest.mark.long
 def test_a_run_through_the_sidecar_shows_what_that_adds(tmp_path):
     write_repository(tmp_path)
     requests = "\n".join(f'[[requests]]\nmodel = "double"\nprotocol = "{each}"' for each in ("unary", "stream", "rest"))

@@ -10,6 +10,7 @@ from loadtests.results import Goal
 pytestmark = pytest.mark.timed
 
 
+@pytest.mark.long
 def test_a_short_check_captures_everything_replays_it_the_same_and_finds_the_spoiled_model(transport, tmp_path):
     share, gaps, same, spoiled = replay_check.check(tmp_path, 200, 500.0, transport, 1)
     assert (share.value.median, share.is_met, same.value.high, same.is_met) == (1, True, 0, True)

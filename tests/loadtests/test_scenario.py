@@ -147,9 +147,9 @@ BAD = {
                     "[[requests]], got []"),
     "no golden": (['[[requests]]\nmodel = "triple"'], "[requests 1] golden: {folder}/models/triple/golden.npz is no "
                   "file: expected one of numpy.savez, with arrays [rows, ...] by input"),
-    "our client has no streams": (['[[requests]]\nmodel = "double"\nclient = "sluice"\nprotocol = "stream"'],
-                                  '[requests 1] client: "sluice" has unary calls only; "stream" goes with '
-                                  '"tritonclient"'),
+    "our client has no REST": (['[[requests]]\nmodel = "double"\nclient = "sluice"\nprotocol = "rest"'],
+                               '[requests 1] client: "sluice" speaks gRPC only (unary, stream, shared_memory); "rest" '
+                               'goes with "tritonclient"'),
     "no rows": (['[[requests]]\nmodel = "double"\nrows = []'], "[requests 1] rows: expected a whole number from 1 to "
                 "65536, or a list of such, got []"),
     "unknown of the second": ([REQUEST + REQUEST + "prio = 3"], "[requests 2] prio: unknown key; known here: model, "

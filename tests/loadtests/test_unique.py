@@ -14,7 +14,6 @@ from loadtests import processes
 from loadtests.framing import frame
 from loadtests.h2load import Load, LoadError
 from loadtests.models import generate
-from loadtests.peers import CACHED_UNIQUE
 from loadtests.unique import UniqueMeasurement
 from loadtests.varied_load import NUMBERS_PER_FLOAT, numbered
 from sluice_client import Client
@@ -31,7 +30,7 @@ def test_no_two_requests_have_the_same_number() -> None:
 def test_all_requests_are_answered_and_none_is_found_in_the_cache(transport: str, tmp_path: Path) -> None:
     model = generate("digits_cached", tmp_path / "models")
     with processes.sluice(tmp_path / "models", tmp_path, transport, "--cache-config=local,size=1048576") as server:
-        unique = UniqueMeasurement(CACHED_UNIQUE, model, server, Load(2, 8), tmp_path)
+        unique = UniqueMeasurement(model, server, Load(2, 8), tmp_path)
         first, second = unique.send(160), unique.send(160)
         assert min(first.requests_per_s, second.requests_per_s) > 0
         assert first.p50_ms <= first.p99_ms
@@ -45,7 +44,7 @@ def test_all_requests_are_answered_and_none_is_found_in_the_cache(transport: str
 def test_answers_of_another_length_fail_the_load(tmp_path: Path, transport: str) -> None:
     model = generate("digits_cached", tmp_path / "models")
     with processes.sluice(tmp_path / "models", tmp_path, transport) as server:
-        unique = UniqueMeasurement(CACHED_UNIQUE, model, server, Load(1, 4), tmp_path)
+        unique = UniqueMeasurement(model, server, Load(1, 4), tmp_path)
         with pytest.raises(LoadError, match="bytes instead of"):
             unique.load_with(b"shorter", 16)
 

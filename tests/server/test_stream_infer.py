@@ -12,12 +12,15 @@ import pytest
 
 from sluice_server.observability.statistics import Outcome
 from sluice_server.protocol.dispatch import STREAM_INFER
+from sluice_server.protocol.streams import STATUS_PARAMETER
 from sluice_server.status import Code
 from sluice_server.transport.call import STREAM_AHEAD
+from sluice_server.transport.options import Compression, TransportOptions
 from support import models
 from support.conversation import Conversation
 from support.fakes import PATIENCE_S, eventually, held
 from support.requests import answer_arrays, infer_request
+from support.server import LOOPBACK
 
 pytestmark = pytest.mark.usefixtures("no_errors_logged")
 
@@ -87,6 +90,8 @@ def test_an_error_is_an_answer_in_its_turn_and_the_stream_goes_on(server):
     assert stream.hear_value() == 0
     errors = [stream.hear() for _ in range(3)]
     assert [error.infer_response.id for error in errors] == ["1", "b", ""]
+    told = [{key: value.string_param for key, value in error.infer_response.parameters.items()} for error in errors]
+    assert told == [{STATUS_PARAMETER: code} for code in ("NOT_FOUND", "INVALID_ARGUMENT", "INVALID_ARGUMENT")]
     facts = ["'nope' is not found", "unexpected inference input 'NOPE'", "2 bytes of the request"]
     assert all(fact in error.error_message for fact, error in zip(facts, errors, strict=True))
     assert stream.hear_value() == 2
@@ -211,6 +216,34 @@ def test_the_last_answer_is_marked_when_the_request_asks(elements, start_server,
         marks = {key: value.bool_param for key, value in response.parameters.items()}
         assert marks == ({"triton_final_response": True} if asked else {})
     assert stream.end() is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("level", [Compression.NONE, Compression.HIGH])
+def test_answers_of_any_size_come_whole_and_in_order_compressed_or_not(level, start_server, repository):
+    models.write_model(repository, "wide", models.identity(dims=("N", "W")), max_batch_size=4)
+    grpc_options = TransportOptions(f"{LOOPBACK}:0", compression=level)
+    server = start_server(repository, http=None, metrics=None, grpc=grpc_options)
+    stream = Conversation(server)
+    widths = [1, 2, SPLIT_ELEMENTS, 3, 10 * SPLIT_ELEMENTS, 100, 1]
+    arrays = [np.full((1, width), number, np.float32) for number, width in enumerate(widths)]
+    stream.say(*(infer_request("wide", {"X": array}) for array in arrays))
+    for array in arrays:
+        np.testing.assert_array_equal(answer_arrays(stream.hear().infer_response)["Y"], array)
+    assert stream.end() is grpc.StatusCode.OK
+
+
+def test_an_answer_that_is_too_large_ends_the_stream_behind_those_before_it(start_server, repository):
+    models.write_model(repository, "wide", models.identity(dims=("N", "W")), max_batch_size=4)
+    request = infer_request("wide", {"X": np.ones((1, 300), np.float32)})
+    limit = len(request.SerializeToString()) + 1
+    server = start_server(
+        repository, http=None, metrics=None, grpc=TransportOptions(f"{LOOPBACK}:0", max_message_bytes=limit)
+    )
+    stream = Conversation(server)
+    # What an answer has and its request has not, its version and the message around it, is more than that.
+    stream.say(infer_request("wide", {"X": np.ones((1, 30), np.float32)}), request)
+    assert answer_arrays(stream.hear().infer_response)["Y"].size == 30
+    assert stream.end() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_a_client_that_asks_for_it_gets_the_first_error_as_the_status_of_its_stream(server):

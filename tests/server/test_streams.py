@@ -1,4 +1,4 @@
-"""The order of a stream's answers, without models and transports: against a naive model, and from many threads."""
+"""Requests of a stream and their answers in order, without models and sockets: by a naive model, from many threads."""
 
 from __future__ import annotations
 
@@ -12,20 +12,14 @@ from hypothesis import strategies as st
 
 from sluice_proto import grpc_service_pb2 as pb
 from sluice_proto.wire import SPLIT_BYTES_MIN
-from sluice_server.protocol.streams import (
-    ERROR_AS_STATUS,
-    OVER,
-    STOPPING,
-    InferStreams,
-    StreamedRequest,
-    asks_for_final_mark,
-    request_id,
-)
+from sluice_server.protocol.streams import ERROR_AS_STATUS, STOPPING, InferStreams, asks_for_final_mark, request_id
 from sluice_server.status import OK, Code, Status
 from support.fakes import RecordingStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from sluice_server.transport.turns import MessageInTurn
 
 FAILURE = Status(Code.NOT_FOUND, "no such model")
 
@@ -42,6 +36,11 @@ def answer_parts(number: int) -> list[bytes]:
     return [whole[:5], whole[5:]]
 
 
+def taken(streams: InferStreams, message: MessageInTurn) -> MessageInTurn:
+    assert streams.take(message)
+    return message
+
+
 def read(message: bytes) -> tuple[str, str]:
     """The id and the error of a message that was sent."""
     answer = pb.ModelStreamInferResponse.FromString(message)
@@ -54,7 +53,7 @@ class Traced:
 
     errors_end_it: bool
     streams: InferStreams = field(default_factory=InferStreams)
-    requests: list[StreamedRequest] = field(default_factory=list)
+    requests: list[MessageInTurn] = field(default_factory=list)
     answers: dict[int, str] = field(default_factory=dict)
     cancelled: list[int] = field(default_factory=list)
     closing: Status | None = None
@@ -65,9 +64,10 @@ class Traced:
 
     def ask(self) -> None:
         number = len(self.requests)
-        request = self.streams.take(self.stream.message(request_bytes(number)))
-        assert (request is None) == (self.closing is not None or self.expected()[1] is not None)
-        if request is not None:
+        request = self.stream.message(request_bytes(number))
+        taken = self.streams.take(request)
+        assert taken == (self.closing is None and self.expected()[1] is None)
+        if taken:
             request.on_cancel = lambda: self.cancelled.append(number)
             self.requests.append(request)
 
@@ -85,7 +85,7 @@ class Traced:
     def half_close(self) -> None:
         if not self.over:
             self.closing = self.closing or OK
-            assert self.streams.take(self.stream.message(None)) is None
+            assert not self.streams.take(self.stream.message(None))
 
     def stop(self) -> None:
         if not self.over:
@@ -131,8 +131,6 @@ def test_any_course_of_a_stream_is_in_order_and_ends_once(errors_end_it, moves, 
         assert [read(message) for message in traced.stream.sent] == sent
         ended = end is not None and not traced.left
         assert traced.stream.ends == ([end] if ended else [])
-        assert len(traced.streams) == (not ended and not traced.left)
-        assert (traced.stream.state is OVER) == (ended or traced.left)
         unheard = set(range(len(traced.requests))) - set(traced.answers)
         assert set(traced.cancelled) == (unheard if ended or traced.left else set())
         assert len(traced.cancelled) == len(set(traced.cancelled))
@@ -140,7 +138,8 @@ def test_any_course_of_a_stream_is_in_order_and_ends_once(errors_end_it, moves, 
 
 def test_answers_from_many_threads_are_sent_in_order_and_once():
     streams, stream = InferStreams(), RecordingStream()
-    requests = [streams.take(stream.message(request_bytes(number))) for number in range(2_000)]
+    requests = [stream.message(request_bytes(number)) for number in range(2_000)]
+    assert all(streams.take(request) for request in requests)
     streams.take(stream.message(None))
     begin = threading.Barrier(4)
 
@@ -162,13 +161,22 @@ def test_an_answer_is_wrapped_as_it_is_and_marked_as_the_last_one_when_asked():
     streams, stream = InferStreams(), RecordingStream()
     for number, surplus_bytes in enumerate((0, SPLIT_BYTES_MIN)):
         message = request_bytes(number, surplus_bytes, triton_enable_empty_final_response=True)
-        streams.take(stream.message(message)).reply(answer_parts(number))
+        taken(streams, stream.message(message)).reply(answer_parts(number))
     for number, message in enumerate(stream.sent):
         response = pb.ModelStreamInferResponse.FromString(message).infer_response
         assert (response.id, list(response.raw_output_contents)) == (str(number), [b"12345678"])
         assert [(key, value.bool_param) for key, value in response.parameters.items()] == [
             ("triton_final_response", True)
         ]
+
+
+def test_a_stream_that_nobody_holds_any_more_is_forgotten():
+    streams, stream = InferStreams(), RecordingStream()
+    taken(streams, stream.message(request_bytes(0))).reply(answer_parts(0))
+    assert len(streams) == 1
+    streams.take(stream.message(None))
+    del stream
+    assert len(streams) == 0
 
 
 @pytest.mark.parametrize("pack", [bytes, memoryview])
@@ -193,13 +201,13 @@ def test_what_cannot_be_read_has_no_id(message):
 def test_a_stream_that_begins_while_the_server_stops_is_ended_at_once():
     streams, stream = InferStreams(), RecordingStream()
     streams.stop()
-    assert streams.take(stream.message(request_bytes(0))) is None
-    assert (stream.sent, stream.ends, len(streams)) == ([], [STOPPING], 0)
+    assert not streams.take(stream.message(request_bytes(0)))
+    assert (stream.sent, stream.ends) == ([], [STOPPING])
 
 
 def test_an_error_without_a_text_is_still_an_error_for_the_client():
     streams, stream = InferStreams(), RecordingStream()
-    streams.take(stream.message(request_bytes(3))).fail(Status(Code.INTERNAL))
+    taken(streams, stream.message(request_bytes(3))).fail(Status(Code.INTERNAL))
     assert [read(message) for message in stream.sent] == [("3", "INTERNAL")]
 
 
@@ -208,6 +216,5 @@ def test_an_error_after_the_deadline_of_the_stream_is_its_end():
     stream.deadline_ns = 1
     late = Status(Code.DEADLINE_EXCEEDED, "too late")
     message = stream.message(request_bytes(0))
-    message.deadline_ns = stream.deadline_ns
-    streams.take(message).fail(late)
+    taken(streams, message).fail(late)
     assert (stream.sent, stream.ends) == ([], [late])

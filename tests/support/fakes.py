@@ -22,7 +22,8 @@ from sluice_server.protocol.dispatch import INFER, STREAM_INFER
 from sluice_server.protocol.encode import Encoder
 from sluice_server.protocol.interface import ModelInterface
 from sluice_server.status import OK, Status, StatusMapper
-from sluice_server.transport.call import Call, Stream
+from sluice_server.transport.call import Call
+from sluice_server.transport.turns import MessageInTurn, StreamInTurn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ POLL_S = 0.001
 class RecordingCall(Call):
     """A call without a transport: every end that it is given, in order. The first one releases `wait`."""
 
-    __slots__ = ("_ended", "_metadata", "_peer", "ends", "stream")
+    __slots__ = ("_ended", "_metadata", "_peer", "ends")
 
     def __init__(
         self,
@@ -57,14 +58,12 @@ class RecordingCall(Call):
         deadline_ns: int = NO_DEADLINE,
         metadata: Metadata = (),
         peer: str = "ipv4:127.0.0.1:1",
-        stream: Stream | None = None,
     ) -> None:
         self.method = method
         self.message = message
         self.received_ns = time.monotonic_ns()
         self.deadline_ns = deadline_ns
         self.on_cancel: Callable[[], None] | None = None
-        self.stream = stream
         self.ends: list[tuple[Status, bytes]] = []
         self._ended = threading.Event()
         self._metadata = metadata
@@ -101,16 +100,15 @@ class RecordingCall(Call):
         return self.ends[0]
 
 
-class RecordingStream(Stream):
+class RecordingStream(StreamInTurn):
     """A stream without a transport: everything that is sent, and every end that it is given, in order."""
 
     __slots__ = ("_metadata", "ends", "sent")
 
     def __init__(self, method: str = STREAM_INFER, *, metadata: Metadata = ()) -> None:
+        super().__init__()
         self.method = method
         self.deadline_ns = NO_DEADLINE
-        self.state = None
-        self.on_cancel: Callable[[], None] | None = None
         self.sent: list[bytes] = []
         self.ends: list[Status] = []
         self._metadata = metadata
@@ -127,9 +125,9 @@ class RecordingStream(Stream):
     def peer_names(self) -> tuple[str, ...]:
         return ()
 
-    def message(self, message: bytes | None) -> RecordingCall:
+    def message(self, message: bytes | None) -> MessageInTurn:
         """A message of this stream, as a transport hands it up."""
-        return RecordingCall(message, self.method, stream=self)
+        return MessageInTurn(self, message, time.monotonic_ns())
 
     def send(self, parts: Sequence[Buffer]) -> None:
         assert not self.ends, "the stream has ended"

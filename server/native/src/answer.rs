@@ -1,18 +1,20 @@
 //! Answers on their way out: from the outbox to HTTP/2, on the transport's thread, and statuses as gRPC writes them.
 
+use std::iter::Peekable;
 use std::sync::Arc;
 use std::sync::LazyLock;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+use std::vec::Drain;
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use h2::server::SendResponse;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use tokio::sync::Semaphore;
 
 use crate::compression::{ACCEPTED, Encoding};
 use crate::headers::percent_encode;
-use crate::shared::{Answer, Body, CallState, Connection, End, Key, Open, Shared, Trailers, code, lock};
+use crate::shared::{Answer, Body, CallState, Connection, End, Key, Open, Shared, Status, Trailers, code, lock};
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
@@ -23,6 +25,9 @@ const CONTENT_TYPE_GRPC: HeaderValue = HeaderValue::from_static("application/grp
 /// Pieces of an answer from this size on are counted while HTTP/2 holds them, and a client that takes none of them is
 /// closed. Smaller ones cost less than the streams that they wait in, whose number is bounded.
 const COUNTED_BYTES_MIN: usize = 256;
+
+/// As many bytes of small messages are sent as one piece at most: a frame of HTTP/2 holds no more by default.
+const JOINED_BYTES_MAX: usize = 16 * 1024;
 
 /// Past its deadline a call is ended here. The server's own answer, which knows more, has so long to come first.
 const DEADLINE_GRACE: Duration = Duration::from_millis(10);
@@ -37,8 +42,12 @@ static OK_TRAILERS: LazyLock<HeaderMap> = LazyLock::new(|| {
 struct Counted {
     bytes: Bytes,
     connection: Arc<Connection>,
-    credit: Option<Arc<Semaphore>>,
+    /// Room that the client's stream gets back.
+    credit: Option<Credit>,
 }
+
+/// The room of a stream, and how many messages' it is.
+type Credit = (Arc<Semaphore>, usize);
 
 impl AsRef<[u8]> for Counted {
     fn as_ref(&self) -> &[u8] {
@@ -49,13 +58,13 @@ impl AsRef<[u8]> for Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         self.connection.unsent.fetch_sub(self.bytes.len(), Ordering::Relaxed);
-        if let Some(credit) = &self.credit {
-            credit.add_permits(1);
+        if let Some((credit, messages)) = &self.credit {
+            credit.add_permits(*messages);
         }
     }
 }
 
-fn counted(bytes: Bytes, connection: &Arc<Connection>, credit: Option<Arc<Semaphore>>) -> Bytes {
+fn counted(bytes: Bytes, connection: &Arc<Connection>, credit: Option<Credit>) -> Bytes {
     if bytes.len() < COUNTED_BYTES_MIN && credit.is_none() {
         return bytes;
     }
@@ -94,9 +103,40 @@ pub async fn run(shared: Arc<Shared>) {
 /// Carries out what is in the outbox; `ends` is empty before and after.
 pub fn carry_out_all(shared: &Shared, ends: &mut Vec<End>) {
     shared.outbox.drain(ends);
-    for end in ends.drain(..) {
-        carry_out(shared, end);
+    let mut ends = ends.drain(..).peekable();
+    while let Some(end) = ends.next() {
+        match end {
+            End::Send(key, Body::One(first)) if first.len() < JOINED_BYTES_MAX => {
+                let (bytes, messages) = join(key, first, &mut ends);
+                if let Some(open) = lock(&shared.calls).get_mut(&key) {
+                    send(open, Body::One(bytes), messages);
+                }
+            }
+            end => carry_out(shared, end),
+        }
     }
+}
+
+/// Joins the small messages of one stream that follow each other: one frame of HTTP/2 costs more than copying them.
+fn join(key: Key, first: Bytes, ends: &mut Peekable<Drain<'_, End>>) -> (Bytes, usize) {
+    let mut joined: Option<BytesMut> = None;
+    let mut messages = 1;
+    let mut length = first.len();
+    while let Some(End::Send(_, Body::One(next))) = ends.next_if(|end| match end {
+        End::Send(other, Body::One(next)) => *other == key && length + next.len() <= JOINED_BYTES_MAX,
+        _ => false,
+    }) {
+        length += next.len();
+        joined.get_or_insert_with(|| first_of_several(&first)).put_slice(&next);
+        messages += 1;
+    }
+    (joined.map_or(first, BytesMut::freeze), messages)
+}
+
+fn first_of_several(first: &Bytes) -> BytesMut {
+    let mut joined = BytesMut::with_capacity(4 * first.len());
+    joined.put_slice(first);
+    joined
 }
 
 /// Ends an open call for a reason of the transport's own, and tells Python.
@@ -114,19 +154,19 @@ fn carry_out(shared: &Shared, end: End) {
     match end {
         End::Send(key, body) => {
             if let Some(open) = lock(&shared.calls).get_mut(&key) {
-                send(open, body);
+                send(open, body, 1);
             }
         }
         End::Reply(key, body) => {
             let open = lock(&shared.calls).remove(&key);
             if let Some(mut open) = open {
                 shared.count(open.call.method, code::OK);
-                send(&mut open, body);
+                send(&mut open, body, 1);
                 finish(open, code::OK, "", None);
                 shared.grew_quieter();
             }
         }
-        End::Finish(key, code, message, trailers) => {
+        End::Finish(key, Status { code, message, trailers }) => {
             let open = lock(&shared.calls).remove(&key);
             if let Some(open) = open {
                 shared.count(open.call.method, code);
@@ -138,9 +178,9 @@ fn carry_out(shared: &Shared, end: End) {
     }
 }
 
-/// Hands one message to HTTP/2, behind the headers when it is the first. A client that is gone makes every call of
+/// Hands messages to HTTP/2, behind the headers when they are the first. A client that is gone makes every call of
 /// HTTP/2 fail, which needs no handling: the connection's own task hears of it.
-fn send(open: &mut Open, body: Body) {
+fn send(open: &mut Open, body: Body, messages: usize) {
     if let Answer::Response(response) = &mut open.answer {
         match response.send_response(head(&open.call), false) {
             Ok(stream) => open.answer = Answer::Messages(stream),
@@ -148,7 +188,7 @@ fn send(open: &mut Open, body: Body) {
         }
     }
     if let Answer::Messages(stream) = &mut open.answer {
-        let credit = open.call.stream.as_ref().map(|stream| Arc::clone(&stream.credit));
+        let credit = open.call.stream.as_ref().map(|stream| (Arc::clone(&stream.credit), messages));
         match body {
             Body::One(bytes) => drop(stream.send_data(counted(bytes, &open.connection, credit), false)),
             Body::Many(pieces) => {
@@ -215,4 +255,42 @@ fn status(code: u32, message: &str, trailers: Trailers) -> HeaderMap {
         headers.insert(GRPC_MESSAGE, percent_encode(message));
     }
     headers
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn joined_messages_are_those_of_one_stream_in_their_order(
+            messages in vec((0..3_u32, 1..JOINED_BYTES_MAX), 1..40),
+        ) {
+            let filled = |place: usize, length: usize| vec![u8::try_from(place).unwrap(); length];
+            let mut ends: Vec<End> = messages
+                .iter()
+                .enumerate()
+                .map(|(place, &(stream, length))| End::Send((1, stream), Body::One(filled(place, length).into())))
+                .collect();
+            let mut left = ends.drain(..).peekable();
+            let mut place = 0;
+            while let Some(End::Send(key, Body::One(first))) = left.next() {
+                let (bytes, count) = join(key, first, &mut left);
+                let of_them = &messages[place..place + count];
+                prop_assert!(of_them.iter().all(|&(stream, _)| key == (1, stream)));
+                let expected: Vec<u8> =
+                    of_them.iter().enumerate().flat_map(|(more, &(_, length))| filled(place + more, length)).collect();
+                prop_assert_eq!(&bytes[..], &expected[..]);
+                prop_assert!(bytes.len() <= JOINED_BYTES_MAX);
+                place += count;
+                if let Some(&(stream, length)) = messages.get(place) {
+                    prop_assert!(key != (1, stream) || bytes.len() + length > JOINED_BYTES_MAX);
+                }
+            }
+            prop_assert_eq!(place, messages.len());
+        }
+    }
 }

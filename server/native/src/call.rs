@@ -1,8 +1,8 @@
 //! What Python sees of an RPC: `Call`, and the `Stream` that the messages of one share. The seam's names and promises
 //! are in `sluice_server/transport/call.py`.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -15,7 +15,8 @@ use pyo3::{PyTraverseError, PyVisit};
 use crate::compression::{self, Encoding};
 use crate::framing::{PREFIX_BYTES, prefix};
 use crate::headers::{MetadataValue, encode_binary, metadata};
-use crate::shared::{Body, CallState, End, Held, Item, Shared, Trailers, code, empty, lock};
+use crate::shared::{Body, CallState, End, Held, Item, Shared, Status, StreamState, Trailers, Turn, code, empty, lock};
+use crate::turns::{Answer, Over};
 
 /// Answers up to this size are copied into one piece; the pieces of larger ones are sent from where they are.
 const JOIN_BYTES_MAX: usize = 64 * 1024;
@@ -41,9 +42,18 @@ pub struct Call {
     deadline_ns: i64,
     #[pyo3(get)]
     stream: Option<Py<Stream>>,
+    /// Its place among the requests of its stream, once it has one.
+    entered: OnceLock<Entered>,
     state: Arc<CallState>,
     shared: Arc<Shared>,
     _held: Held,
+}
+
+struct Entered {
+    number: u64,
+    turn: Arc<Turn>,
+    /// What is sent behind every answer.
+    suffix: Option<Py<PyBytes>>,
 }
 
 impl Call {
@@ -65,10 +75,15 @@ impl Call {
             received_ns: shared.clock.ns(received),
             deadline_ns: shared.clock.deadline_ns(&state),
             stream: Stream::of(py, shared, method, &state)?,
+            entered: OnceLock::new(),
             state,
             shared: Arc::clone(shared),
             _held: held,
         })
+    }
+
+    fn on_cancel_cell(&self) -> &Mutex<Option<Py<PyAny>>> {
+        self.entered.get().map_or(&self.state.on_cancel, |entered| &entered.turn.on_cancel)
     }
 }
 
@@ -81,12 +96,12 @@ impl Call {
 
     #[getter]
     fn on_cancel(&self, py: Python<'_>) -> Option<Py<PyAny>> {
-        lock(&self.state.on_cancel).as_ref().map(|callback| callback.clone_ref(py))
+        lock(self.on_cancel_cell()).as_ref().map(|callback| callback.clone_ref(py))
     }
 
     #[setter]
     fn set_on_cancel(&self, callback: Option<Py<PyAny>>) {
-        set_on_cancel(&self.shared, &self.state, callback);
+        set_on_cancel(&self.shared, &self.state, self.on_cancel_cell(), callback);
     }
 
     #[getter]
@@ -113,10 +128,16 @@ impl Call {
     fn describe(&self, _facts: Option<&Bound<'_, PyDict>>) {}
 
     fn reply(&self, parts: &Bound<'_, PyAny>) -> PyResult<()> {
-        if self.state.stream.is_some() {
-            return Err(PyValueError::new_err("a stream is answered with Stream.send and Stream.finish"));
+        if let Some(stream) = &self.stream {
+            return stream.get().reply_to(self, parts);
         }
-        let Some(body) = body(&self.shared, &self.state, parts)? else { return Ok(()) };
+        let body = match body(&self.shared, &self.state, parts, None, None)? {
+            Ok(body) => body,
+            Err(status) => {
+                end_with(&self.shared, &self.state, status);
+                return Ok(());
+            }
+        };
         self.state.ended.store(true, Ordering::Release);
         // The callback leads back to the call: without it, memory is freed at once and not by the collector.
         let callback = empty(&self.state.on_cancel);
@@ -125,11 +146,13 @@ impl Call {
         Ok(())
     }
 
-    fn fail(&self, status: &Bound<'_, PyAny>) -> PyResult<()> {
-        if self.state.stream.is_some() {
-            return Err(PyValueError::new_err("a stream is answered with Stream.send and Stream.finish"));
+    fn fail(slf: &Bound<'_, Self>, status: &Bound<'_, PyAny>) -> PyResult<()> {
+        let call = slf.get();
+        if let Some(stream) = &call.stream {
+            return stream.get().fail(slf, status);
         }
-        end(&self.shared, &self.state, status)
+        end_with(&call.shared, &call.state, read_status(&call.shared, status)?);
+        Ok(())
     }
 
     fn __repr__(&self) -> String {
@@ -144,10 +167,16 @@ pub struct Stream {
     method: Py<PyString>,
     #[pyo3(get)]
     deadline_ns: i64,
-    state: std::sync::Mutex<Option<Py<PyAny>>>,
+    state: Mutex<Option<Py<PyAny>>>,
+    /// What gives the bytes that go before an answer of so many; None: answers are sent as they are.
+    before: OnceLock<Py<PyAny>>,
+    /// What gives the answer for a failure.
+    on_failure: OnceLock<Py<PyAny>>,
     call: Arc<CallState>,
     shared: Arc<Shared>,
 }
+
+type InTurn = Answer<Body, Status>;
 
 impl Stream {
     fn of(
@@ -167,13 +196,76 @@ impl Stream {
             Self {
                 method: method.clone_ref(py),
                 deadline_ns: shared.clock.deadline_ns(call),
-                state: std::sync::Mutex::new(None),
+                state: Mutex::new(None),
+                before: OnceLock::new(),
+                on_failure: OnceLock::new(),
                 call: Arc::clone(call),
                 shared: Arc::clone(shared),
             },
         )?;
         *lock(&stream.object) = Some(object.clone_ref(py));
         Ok(Some(object))
+    }
+
+    fn status_or_ok(&self, status: Option<&Bound<'_, PyAny>>) -> PyResult<Status> {
+        status.map_or_else(|| Ok(Status::new(code::OK, String::new())), |status| read_status(&self.shared, status))
+    }
+
+    fn of_stream(&self) -> &StreamState {
+        // Only the calls of streams have this object.
+        self.call.stream.as_ref().expect("a stream has the state of one")
+    }
+
+    /// Answers a message with another, in turn if it has one.
+    fn reply_to(&self, message: &Call, parts: &Bound<'_, PyAny>) -> PyResult<()> {
+        let Some(entered) = message.entered.get() else { return self.send(parts) };
+        let answer = self.answer(parts, self.before.get(), entered.suffix.as_ref())?;
+        self.settle(parts.py(), entered, answer)
+    }
+
+    /// Answers a message as failures are told, or ends the stream with the status: in turn, if the message has one.
+    fn fail(&self, message: &Bound<'_, Call>, status: &Bound<'_, PyAny>) -> PyResult<()> {
+        let Some(entered) = message.get().entered.get() else { return self.finish(Some(status)) };
+        if let Some(on_failure) = self.on_failure.get() {
+            let parts = on_failure.bind(status.py()).call1((message, status))?;
+            if !parts.is_none() {
+                return self.settle(status.py(), entered, self.answer(&parts, None, None)?);
+            }
+        }
+        self.settle(status.py(), entered, Answer::End(read_status(&self.shared, status)?))
+    }
+
+    fn answer(
+        &self,
+        parts: &Bound<'_, PyAny>,
+        before: Option<&Py<PyAny>>,
+        suffix: Option<&Py<PyBytes>>,
+    ) -> PyResult<InTurn> {
+        Ok(match body(&self.shared, &self.call, parts, before, suffix)? {
+            Ok(body) => Answer::Message(body),
+            Err(status) => Answer::End(status),
+        })
+    }
+
+    /// Notes the answer of a request and sends what is due by now.
+    fn settle(&self, py: Python<'_>, entered: &Entered, answer: InTurn) -> PyResult<()> {
+        // It leads back to the call: without it, memory is freed at once and not by the collector.
+        let callback = empty(&entered.turn.on_cancel);
+        drop(callback);
+        let send = |body| self.shared.outbox.push(End::Send(self.call.key, body));
+        let over = lock(&self.of_stream().turns).settle(entered.number, answer, send);
+        self.end_in_turn(py, over)
+    }
+
+    fn end_in_turn(&self, py: Python<'_>, over: Option<Over<Status, Arc<Turn>>>) -> PyResult<()> {
+        let Some(Over { end, unheard }) = over else { return Ok(()) };
+        end_with(&self.shared, &self.call, end);
+        for turn in unheard {
+            if let Some(callback) = empty(&turn.on_cancel) {
+                callback.call0(py)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -197,7 +289,7 @@ impl Stream {
 
     #[setter]
     fn set_on_cancel(&self, callback: Option<Py<PyAny>>) {
-        set_on_cancel(&self.shared, &self.call, callback);
+        set_on_cancel(&self.shared, &self.call, &self.call.on_cancel, callback);
     }
 
     #[getter]
@@ -221,20 +313,40 @@ impl Stream {
     }
 
     fn send(&self, parts: &Bound<'_, PyAny>) -> PyResult<()> {
-        let Some(body) = body(&self.shared, &self.call, parts)? else { return Ok(()) };
-        self.shared.outbox.push(End::Send(self.call.key, body));
+        match body(&self.shared, &self.call, parts, None, None)? {
+            Ok(body) => self.shared.outbox.push(End::Send(self.call.key, body)),
+            Err(status) => end_with(&self.shared, &self.call, status),
+        }
         Ok(())
     }
 
     #[pyo3(signature = (status = None))]
     fn finish(&self, status: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
-        match status {
-            Some(status) => end(&self.shared, &self.call, status),
-            None => {
-                end_with(&self.shared, &self.call, code::OK, String::new(), None);
-                Ok(())
+        end_with(&self.shared, &self.call, self.status_or_ok(status)?);
+        Ok(())
+    }
+
+    #[pyo3(signature = (*, before = None, on_failure = None))]
+    fn answer_in_turn(&self, before: Option<Py<PyAny>>, on_failure: Option<Py<PyAny>>) {
+        for (cell, function) in [(&self.before, before), (&self.on_failure, on_failure)] {
+            if let Some(function) = function {
+                let _first_counts = cell.set(function);
             }
         }
+    }
+
+    #[pyo3(signature = (message, suffix = None))]
+    fn enter(&self, message: &Bound<'_, Call>, suffix: Option<Py<PyBytes>>) -> bool {
+        let turn = Arc::<Turn>::default();
+        let Some(number) = lock(&self.of_stream().turns).enter(Arc::clone(&turn)) else { return false };
+        message.get().entered.set(Entered { number, turn, suffix }).is_ok()
+    }
+
+    #[pyo3(signature = (status = None))]
+    fn close(&self, py: Python<'_>, status: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let status = self.status_or_ok(status)?;
+        let over = lock(&self.of_stream().turns).close(status);
+        self.end_in_turn(py, over)
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -244,6 +356,9 @@ impl Stream {
         }
         if let Ok(callback) = self.call.on_cancel.try_lock() {
             visit.call(&*callback)?;
+        }
+        for function in [self.before.get(), self.on_failure.get()].into_iter().flatten() {
+            visit.call(function)?;
         }
         Ok(())
     }
@@ -266,9 +381,9 @@ pub fn forget_object(call: &CallState) {
     }
 }
 
-fn set_on_cancel(shared: &Shared, call: &Arc<CallState>, callback: Option<Py<PyAny>>) {
+fn set_on_cancel(shared: &Shared, call: &Arc<CallState>, cell: &Mutex<Option<Py<PyAny>>>, callback: Option<Py<PyAny>>) {
     let is_set = callback.is_some();
-    let before = std::mem::replace(&mut *lock(&call.on_cancel), callback);
+    let before = std::mem::replace(&mut *lock(cell), callback);
     drop(before);
     if is_set && call.left.load(Ordering::Acquire) && !call.ended.load(Ordering::Acquire) {
         // The client was faster: the transport's Python thread is told again, and calls what is set by now.
@@ -276,15 +391,21 @@ fn set_on_cancel(shared: &Shared, call: &Arc<CallState>, callback: Option<Py<PyA
     }
 }
 
-fn end(shared: &Shared, call: &CallState, status: &Bound<'_, PyAny>) -> PyResult<()> {
+/// What is to be called because a client has left.
+pub fn callbacks(call: &CallState) -> Vec<Py<PyAny>> {
+    let turns = call.stream.as_ref().map(|stream| lock(&stream.turns).abandon()).unwrap_or_default();
+    let in_turn = turns.iter().filter_map(|turn| empty(&turn.on_cancel));
+    empty(&call.on_cancel).into_iter().chain(in_turn).collect()
+}
+
+fn read_status(shared: &Shared, status: &Bound<'_, PyAny>) -> PyResult<Status> {
     let code: u32 = status.getattr("code")?.extract()?;
     let mut message = status.getattr("message")?;
     if message.len()? > PLAIN_CHARACTERS_MAX {
         message = shared.fit_message.bind(status.py()).call1((message,))?;
     }
     let message: String = message.cast::<PyString>()?.to_string_lossy().into_owned();
-    end_with(shared, call, code, message, trailers(&status.getattr("trailers")?)?);
-    Ok(())
+    Ok(Status { code, message, trailers: trailers(&status.getattr("trailers")?)? })
 }
 
 /// Reads the metadata of a status. ValueError for what no header can carry.
@@ -306,12 +427,12 @@ fn trailers(metadata: &Bound<'_, PyAny>) -> PyResult<Trailers> {
     Ok(Some(Box::new(headers)))
 }
 
-fn end_with(shared: &Shared, call: &CallState, code: u32, message: String, trailers: Trailers) {
+fn end_with(shared: &Shared, call: &CallState, status: Status) {
     call.ended.store(true, Ordering::Release);
     let callback = empty(&call.on_cancel);
     drop(callback);
     forget_object(call);
-    shared.outbox.push(End::Finish(call.key, code, message, trailers));
+    shared.outbox.push(End::Finish(call.key, status));
 }
 
 fn metadata_tuple<'py>(py: Python<'py>, call: &CallState) -> PyResult<Bound<'py, PyTuple>> {
@@ -327,9 +448,16 @@ fn metadata_tuple<'py>(py: Python<'py>, call: &CallState) -> PyResult<Bound<'py,
     PyTuple::new(py, entries)
 }
 
-/// Joins the parts of an answer, or the small ones among them, behind gRPC's prefix. One that is too large ends the
-/// call instead.
-fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyResult<Option<Body>> {
+/// Joins the parts of an answer, or the small ones among them, behind gRPC's prefix. `before` gives what goes before an
+/// answer of so many bytes, and `suffix` goes behind it. One that is too large ends the call with a status instead.
+fn body(
+    shared: &Arc<Shared>,
+    call: &CallState,
+    parts: &Bound<'_, PyAny>,
+    before: Option<&Py<PyAny>>,
+    suffix: Option<&Py<PyBytes>>,
+) -> PyResult<Result<Body, Status>> {
+    let py = parts.py();
     let mut pieces = Vec::with_capacity(4);
     let mut length = 0;
     for part in parts.try_iter()? {
@@ -337,14 +465,22 @@ fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyR
         length += piece.as_slice().len();
         pieces.push(piece);
     }
+    if let Some(suffix) = suffix {
+        length += suffix.as_bytes(py).len();
+        pieces.push(Piece::Bytes(suffix.bind(py).clone()));
+    }
+    if let Some(before) = before {
+        let piece = Piece::of(&before.bind(py).call1((length,))?)?;
+        length += piece.as_slice().len();
+        pieces.insert(0, piece);
+    }
     let limit = shared.options.max_message_bytes;
     if length > limit {
         let message = format!("the answer has {length} bytes, and {limit} may be sent");
-        end_with(shared, call, code::RESOURCE_EXHAUSTED, message, None);
-        return Ok(None);
+        return Ok(Err(Status::new(code::RESOURCE_EXHAUSTED, message)));
     }
     if call.compression != Encoding::Identity {
-        return Ok(Some(Body::One(compressed(parts.py(), shared, call.compression, pieces))));
+        return Ok(Ok(Body::One(compressed(py, shared, call.compression, pieces))));
     }
     let mut joined = BytesMut::with_capacity(PREFIX_BYTES + length.min(JOIN_BYTES_MAX));
     joined.put_slice(&prefix(false, length));
@@ -352,7 +488,7 @@ fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyR
         for piece in &pieces {
             joined.put_slice(piece.as_slice());
         }
-        return Ok(Some(Body::One(joined.freeze())));
+        return Ok(Ok(Body::One(joined.freeze())));
     }
     let mut bodies = Vec::with_capacity(pieces.len() + 1);
     for piece in pieces {
@@ -368,7 +504,7 @@ fn body(shared: &Arc<Shared>, call: &CallState, parts: &Bound<'_, PyAny>) -> PyR
     if !joined.is_empty() {
         bodies.push(joined.freeze());
     }
-    Ok(Some(Body::Many(bodies)))
+    Ok(Ok(Body::Many(bodies)))
 }
 
 fn compressed(py: Python<'_>, shared: &Shared, encoding: Encoding, pieces: Vec<Piece<'_>>) -> Bytes {

@@ -20,6 +20,7 @@ mod runtime;
 mod server;
 mod shared;
 mod tls;
+mod turns;
 mod watching;
 
 use pyo3::prelude::*;

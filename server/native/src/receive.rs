@@ -1,6 +1,7 @@
 //! Requests on their way in: what is refused at once, and the messages of what is not, read, joined and decompressed.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +13,7 @@ use h2::server::SendResponse;
 use h2::{Reason, RecvStream};
 use http::request::Parts;
 use http::{HeaderMap, Method, Request, StatusCode, header};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::answer::{end_by_transport, refuse, refuse_http};
 use crate::compression::{self, Encoding, InflateError};
@@ -178,11 +179,9 @@ impl Incoming {
             self.count_as_left();
             return None;
         }
-        let stream = self.shared().methods[self.method].streams.then(|| StreamState {
-            credit: Arc::new(Semaphore::new(self.shared().options.stream_ahead)),
-            over: Notify::new(),
-            object: Mutex::new(None),
-        });
+        let shared = Arc::clone(&self.connection.shared);
+        let streams = shared.methods[self.method].streams;
+        let stream = streams.then(|| StreamState::new(shared.options.stream_ahead));
         let call = Arc::new(CallState {
             key: self.key,
             method: self.method,
@@ -196,7 +195,6 @@ impl Incoming {
             on_cancel: Mutex::new(None),
             stream,
         });
-        let shared = Arc::clone(&self.connection.shared);
         shared.register(Open {
             call: Arc::clone(&call),
             answer: Answer::Response(response),
@@ -290,32 +288,58 @@ async fn hand_up_messages(
     mut reader: Reader<'_>,
     mut body: RecvStream,
 ) -> Result<(), Failure> {
-    let hand_up = |message: Option<Bytes>, held: Held| {
-        shared.inbox.push(Item::Call { call: Arc::clone(call), message, received: Instant::now(), held });
+    let item = |message: Option<Bytes>, held: Held| Item::Call {
+        call: Arc::clone(call),
+        message,
+        received: Instant::now(),
+        held,
     };
+    // What has come by now goes up at once, with one wake-up for all of it.
+    let mut arrived = Vec::new();
     loop {
-        // Between its messages a stream may be silent as long as it likes.
-        let more = if reader.deframer.held_bytes() == 0 {
-            reader.read(&mut body).await?
-        } else {
-            let read = tokio::time::timeout(shared.options.stall_timeout, reader.read(&mut body));
-            read.await.map_err(|_| stall(shared))??
+        let more = match poll_now(reader.read(&mut body)) {
+            Some(more) => more?,
+            None => {
+                shared.inbox.extend(arrived.drain(..));
+                wait_for_more(shared, &mut reader, &mut body).await?
+            }
         };
         while let Some((message, held)) = reader.next().await? {
-            match credit.acquire().await {
-                Ok(permit) => permit.forget(),
-                Err(_closed) => return Ok(()),
+            if credit.try_acquire().map(SemaphorePermit::forget).is_err() {
+                shared.inbox.extend(arrived.drain(..));
+                match credit.acquire().await {
+                    Ok(permit) => permit.forget(),
+                    Err(_closed) => return Ok(()),
+                }
             }
-            hand_up(Some(message), held);
+            arrived.push(item(Some(message), held));
         }
         if !more {
-            hand_up(None, Held::new(&shared.gauges.held_bytes));
+            arrived.push(item(None, Held::new(&shared.gauges.held_bytes)));
+            shared.inbox.extend(arrived);
             // The stream stays open until the server ends it, and the client may still take it back.
             return match std::future::poll_fn(|context| body.poll_trailers(context)).await {
                 Ok(_) => std::future::pending().await,
                 Err(_) => Err(Failure::Gone),
             };
         }
+    }
+}
+
+/// Reads the next piece of a stream, which between its messages may be silent as long as it likes.
+async fn wait_for_more(shared: &Shared, reader: &mut Reader<'_>, body: &mut RecvStream) -> Result<bool, Failure> {
+    if reader.deframer.held_bytes() == 0 {
+        return reader.read(body).await;
+    }
+    let read = tokio::time::timeout(shared.options.stall_timeout, reader.read(body));
+    read.await.map_err(|_| stall(shared))?
+}
+
+/// What a future that loses nothing when it is dropped gives without any waiting.
+fn poll_now<T>(future: impl Future<Output = T>) -> Option<T> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(value) => Some(value),
+        Poll::Pending => None,
     }
 }
 

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString};
 use tokio::sync::{Notify, oneshot};
 
-use crate::call::{Call, forget_object};
+use crate::call::{Call, callbacks, forget_object};
 use crate::options::Options;
 use crate::runtime::{Bound as BoundServer, StartError};
 use crate::shared::{CODES, Clock, Deadlines, Gauges, Inbox, Item, Method, Outbox, Shared, empty, lock};
@@ -124,7 +124,7 @@ impl Server {
                 }
                 Item::Left(call) => {
                     forget_object(&call);
-                    left.extend(empty(&call.on_cancel));
+                    left.extend(callbacks(&call));
                 }
                 Item::Notice(text) => notices.push(text),
                 Item::Release(buffer) => drop(buffer),

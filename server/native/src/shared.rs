@@ -5,8 +5,8 @@
 //! | `Inbox.queue` | both | moving items |
 //! | `Outbox.ends` | both | moving items |
 //! | `Shared.calls` | the transport's thread only | finding a call |
-//! | `CallState.on_cancel`, `StreamState.object` | Python's threads only | a swap |
-//!
+//! | `CallState.on_cancel`, `Turn.on_cancel`, `StreamState.object` | Python's threads only | a swap |
+//! | `StreamState.turns` | Python's threads only | noting an answer; `Outbox.ends` is taken inside, as answers leave in order |
 //! | `Deadlines.heap` | the transport's thread only | adding and removing; `Shared.calls` may be taken inside |
 //!
 //! No other is held while another is taken, and none while Python runs, or while a Python object is dropped.
@@ -29,6 +29,7 @@ use crate::buffered::{Lender, Spare};
 use crate::compression::Encoding;
 use crate::meter::Traffic;
 use crate::options::Options;
+use crate::turns::Turns;
 
 /// gRPC's status codes are 0 to 16.
 pub const CODES: usize = 17;
@@ -194,6 +195,25 @@ pub struct StreamState {
     pub over: Notify,
     /// The one Python object of the stream, while it is open.
     pub object: Mutex<Option<Py<crate::call::Stream>>>,
+    /// The requests that are to be answered in their order.
+    pub turns: Mutex<Turns<Body, Status, Arc<Turn>>>,
+}
+
+/// One request of a stream, until it is answered.
+#[derive(Default)]
+pub struct Turn {
+    pub on_cancel: Mutex<Option<Py<PyAny>>>,
+}
+
+impl StreamState {
+    pub fn new(ahead: usize) -> Self {
+        Self {
+            credit: Arc::new(Semaphore::new(ahead)),
+            over: Notify::new(),
+            object: Mutex::new(None),
+            turns: Mutex::default(),
+        }
+    }
 }
 
 /// Empties a cell; what was in it is dropped after the lock is let go, as that may run any Python code.
@@ -360,14 +380,27 @@ pub enum Body {
 /// Metadata that goes with a status; None mostly.
 pub type Trailers = Option<Box<HeaderMap>>;
 
+/// How a call ends.
+pub struct Status {
+    pub code: u32,
+    pub message: String,
+    pub trailers: Trailers,
+}
+
+impl Status {
+    pub fn new(code: u32, message: String) -> Self {
+        Self { code, message, trailers: None }
+    }
+}
+
 /// What comes down from Python.
 pub enum End {
     /// The one answer of a unary call.
     Reply(Key, Body),
     /// One message of a stream.
     Send(Key, Body),
-    /// A status with its message and metadata, and the end of the call or the stream.
-    Finish(Key, u32, String, Trailers),
+    /// A status, and the end of the call or the stream.
+    Finish(Key, Status),
 }
 
 /// Answers on their way to the transport's thread; the first of several wakes it.
@@ -535,7 +568,7 @@ mod tests {
     use super::*;
 
     fn end() -> End {
-        End::Finish((1, 1), code::OK, String::new(), None)
+        End::Finish((1, 1), Status::new(code::OK, String::new()))
     }
 
     fn drained(outbox: &Outbox) -> usize {

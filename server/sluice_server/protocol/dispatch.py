@@ -1,6 +1,6 @@
 """Takes lists of calls from a transport, answers the cheap ones in place and sends inference to the models' queues.
 
-Requests of a stream go the same way as those that come alone; `streams.py` keeps their order. Runs on the transport's
+Requests of a stream go the same way as those that come alone. Runs on the transport's
 intake thread. What can take long (loading a model) goes to a small pool of threads. Whatever goes wrong with one call
 ends that call, with a status from the one table, and never the list.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sluice_server.protocol.shared_memory import SharedMemory
     from sluice_server.repository.manager import ModelManager
     from sluice_server.status import StatusMapper
-    from sluice_server.transport.call import Call, Stream
+    from sluice_server.transport.call import Call
 
 RELOADS_FOLLOWED_MAX = 4
 """How often one request is passed on to the version that replaced the one it was meant for."""
@@ -91,11 +91,10 @@ class Dispatcher:
             if call.method == INFER:
                 self._decode_into(queued, call)
             elif call.method == STREAM_INFER:
-                request = self._infer_streams.take(call)
-                if request is not None:
-                    self._decode_into(queued, request)
+                if self._infer_streams.take(call):
+                    self._decode_into(queued, call)
             elif call.stream is not None:
-                self._pass_on(call, call.stream)
+                self._pass_on(call)
             else:
                 self._answer(call)
         if lend and len(calls) == 1:
@@ -169,11 +168,11 @@ class Dispatcher:
         for successor, again in queued.items():
             self._submit(successor, again, reloads_left - 1)
 
-    def _pass_on(self, message: Call, stream: Stream) -> None:
+    def _pass_on(self, message: Call) -> None:
         try:
             self._streams[message.method](message)
         except Exception as error:
-            stream.finish(self._to_status(error))
+            message.fail(self._to_status(error))
 
     def _answer(self, call: Call) -> None:
         rpc = self._rpcs.get(call.method)

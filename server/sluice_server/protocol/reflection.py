@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from sluice_proto import grpc_service_pb2, model_config_pb2
 from sluice_server.errors import InvalidArgument, Unavailable
-from sluice_server.protocol.streams import OVER, STOPPING
+from sluice_server.protocol.streams import STOPPING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from sluice_server.transport.call import Call, Stream
 
 INFO = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
+
+OVER = object()
+"""What is left as the state of a stream that has ended."""
 
 _FILES = (model_config_pb2, grpc_service_pb2, health_pb2, reflection_pb2)
 

@@ -30,9 +30,5 @@ class RestrictedHandler:
         restriction = self._by_method.get(call.method)
         if restriction is None or restriction.admits(call.metadata):
             return True
-        status = Status(Code.UNAVAILABLE, restriction.refusal)
-        if call.stream is None:
-            call.fail(status)
-        else:
-            call.stream.finish(status)
+        call.fail(Status(Code.UNAVAILABLE, restriction.refusal))
         return False

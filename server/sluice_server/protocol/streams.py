@@ -1,26 +1,21 @@
 """ModelStreamInfer: many requests in flight on one stream, answered in the order in which they came.
 
-Each message of a stream becomes a `StreamedRequest`, a call like any other to the rest of the server: it is decoded,
-queued and run at once, next to all others. Its answer waits until every earlier one of its stream has been sent.
+Each message of a stream is a call like any other to the rest of the server: it is decoded, queued and run at once, next
+to all others. The transport keeps its answer until every earlier one of its stream has been sent (`Stream.enter`); what
+an answer looks like on a stream is said here:
 
-Invariants of an `InferStream`:
-
-* an answer is sent as soon as it and all earlier ones are there, by the thread that brought the last of them;
-* a request that fails is answered in its turn with `error_message` and its id, and the stream goes on; but the failure
-  is the status that ends the stream when the client sent the header `triton_grpc_error: true`, and when the deadline
-  of the stream is over;
+* a request that fails is answered in its turn with `error_message`, its id and its status (response parameters, which
+  Triton's clients do not look at), and the stream goes on; but the failure is the status that ends the stream when the
+  client sent the header `triton_grpc_error: true`, and when the deadline of the stream is over;
 * after the client's last message, or when the server stops, no request is taken any more, what is due is sent, and
-  then the stream ends;
-* when a stream ends before its requests do, those that still wait in a queue are cancelled.
-
-`InferStream._lock` guards the order: whoever holds it is the only one to send.
+  then the stream ends.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+import weakref
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -29,26 +24,29 @@ from google.protobuf.message import DecodeError
 from sluice_proto import wire
 from sluice_proto.errors import WireError
 from sluice_proto.grpc_service_pb2 import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
-from sluice_server.status import OK, Code, Status
-from sluice_server.transport.call import Call
+from sluice_server.retry_after import PUSHBACK
+from sluice_server.status import Code, Status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Buffer
 
-    from sluice_server.transport.call import Metadata, Stream
+    from sluice_server.transport.call import Call, Stream
 
 ERROR_AS_STATUS = ("triton_grpc_error", "true")
 """The header of a client that wants a failure as the status of its stream."""
 
 STOPPING = Status(Code.UNAVAILABLE, "the server is shutting down and takes no more requests from this stream")
 
+STATUS_PARAMETER, PUSHBACK_PARAMETER = "grpc_status", "grpc_retry_pushback_ms"
+"""Response parameters of a failure inside a stream, ours: its code's name, and the push-back where it has one."""
+
+BEGUN: Final = object()
+"""The state of a stream whose first message has come."""
+
 PREFIXES_MAX = 256
 """Sizes of answers whose prefix is remembered: most streams have one or two, and writing it takes a microsecond."""
-
-OVER: Final = object()
-"""What is left as the state of a stream that has ended."""
 
 _RESPONSE_FIELD = ModelStreamInferResponse.DESCRIPTOR.fields_by_name["infer_response"].number
 _FINAL_ASKED = "triton_enable_empty_final_response"
@@ -65,186 +63,66 @@ _FINAL_MARK = _final_mark()
 """The response parameter, as bytes behind any response: protobuf merges what is concatenated."""
 
 
-class StreamedRequest(Call):
-    """One request of a stream, as the rest of the server sees it: a call of its own."""
-
-    __slots__ = ("_message", "_owner", "answer", "ends_stream")
-
-    def __init__(self, owner: InferStream, message: Call) -> None:
-        self.method = message.method
-        self.message = message.message
-        self.received_ns = message.received_ns
-        self.deadline_ns = message.deadline_ns
-        self.on_cancel = None
-        self.answer: Sequence[Buffer] | None = None
-        self.ends_stream: Status | None = None
-        self._owner = owner
-        self._message = message  # a transport may count what is in memory by the calls that are alive
-
-    @property
-    def metadata(self) -> Metadata:
-        """The stream's headers."""
-        return self._owner.stream.metadata
-
-    @property
-    def peer(self) -> str:
-        """The client's address."""
-        return self._owner.stream.peer
-
-    @property
-    def peer_names(self) -> tuple[str, ...]:
-        """The names in the client's certificate."""
-        return self._owner.stream.peer_names
-
-    def reply(self, parts: Sequence[Buffer]) -> None:
-        """Answer in turn; `parts` are those of a ModelInferResponse."""
-        if asks_for_final_mark(self.message):
-            parts = [*parts, _FINAL_MARK]
-        size_bytes = sum(map(len, parts))  # type: ignore[arg-type] # every part is bytes, or a view of bytes
-        self._owner.settle(self, [_response_prefix(size_bytes), *parts])
-
-    def fail(self, status: Status) -> None:
-        """Answer in turn with an error."""
-        response = ModelStreamInferResponse(error_message=status.message or status.code.name)
-        response.infer_response.id = request_id(self.message)
-        ends_stream = self._owner.errors_end_it or time.monotonic_ns() >= self.deadline_ns
-        self._owner.settle(self, [response.SerializeToString()], status if ends_stream else None)
-
-
-class InferStream:
-    """One stream in progress: what is due on it, in order."""
-
-    __slots__ = ("_due", "_ends_with", "_is_over", "_lock", "_open_streams", "errors_end_it", "stream")
-
-    def __init__(self, stream: Stream, open_streams: set[InferStream]) -> None:
-        """`open_streams` has every stream that has not ended; this one enters itself, and leaves it when it ends."""
-        self.stream = stream
-        self._due: deque[StreamedRequest] = deque()
-        self._ends_with: Status | None = None
-        self.errors_end_it = ERROR_AS_STATUS in stream.metadata
-        self._is_over = False
-        self._lock = threading.Lock()
-        self._open_streams = open_streams
-        open_streams.add(self)
-        stream.state = self
-        stream.on_cancel = self.abandon
-
-    def __repr__(self) -> str:
-        return f"<InferStream {len(self._due)} due, {'open' if self._ends_with is None else self._ends_with.code.name}>"
-
-    def take(self, message: Call) -> StreamedRequest | None:
-        """The request that a message is, in its place in the order; None when no more are taken."""
-        if self._ends_with is not None:
-            return None
-        request = StreamedRequest(self, message)
-        self._due.append(request)
-        return request
-
-    def settle(self, request: StreamedRequest, answer: Sequence[Buffer], ends_stream: Status | None = None) -> None:
-        """Note a request's answer and send what is due by now; from any thread. A second answer has no effect.
-
-        With `ends_stream` the stream ends with that in place of the answer.
-        """
-        request.on_cancel = None
-        with self._lock:
-            if self._is_over or request.answer is not None:
-                return
-            request.answer, request.ends_stream = answer, ends_stream
-            unheard = self._send_due()
-        if unheard is not None:
-            self._end(unheard)
-
-    def close(self, status: Status = OK) -> None:
-        """Take no more requests, and end with this status when all that is due has been sent; from any thread."""
-        with self._lock:
-            if self._ends_with is not None:
-                return
-            self._ends_with = status
-            unheard = self._send_due()
-        if unheard is not None:
-            self._end(unheard)
-
-    def abandon(self) -> None:
-        """Cancel what still waits: the client has left."""
-        with self._lock:
-            if self._is_over:
-                return
-            self._ends_with = OK
-            unheard = self._leave()
-        _cancel(unheard)
-
-    def _send_due(self) -> list[StreamedRequest] | None:
-        """Send the answers that are there up to the first that is not. When that ends the stream, who is left of it."""
-        due, send = self._due, self.stream.send
-        while due and (answer := due[0].answer) is not None:
-            ends_with = due.popleft().ends_stream
-            if ends_with is not None:
-                self._ends_with = ends_with
-                return self._leave()
-            send(answer)
-        return None if due or self._ends_with is None else self._leave()
-
-    def _leave(self) -> list[StreamedRequest]:
-        """Be over; gives the requests that nobody will hear of."""
-        self._is_over = True
-        unheard = list(self._due)
-        self._due.clear()
-        self._open_streams.discard(self)
-        # Both lead here and back: without them memory is freed at once, and not by the collector.
-        self.stream.state = OVER
-        self.stream.on_cancel = None
-        return unheard
-
-    def _end(self, unheard: list[StreamedRequest]) -> None:
-        _cancel(unheard)
-        self.stream.finish(self._ends_with or OK)
-
-
-def _cancel(unheard: list[StreamedRequest]) -> None:
-    for request in unheard:
-        on_cancel, request.on_cancel = request.on_cancel, None
-        if on_cancel is not None:
-            on_cancel()
-
-
 class InferStreams:
     """Every ModelStreamInfer that is in progress. `take` is for the transport's intake thread, `stop` for any."""
 
     def __init__(self) -> None:
-        self._open: set[InferStream] = set()
+        self._open: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._entering = threading.Lock()
         self._stopping = False
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def take(self, message: Call) -> StreamedRequest | None:
-        """The request that a message of a stream is; None for what needs no answer."""
+    def take(self, message: Call) -> bool:
+        """Whether a message of a stream is a request that is to be answered: one that now has its turn."""
         stream = message.stream
         assert stream is not None, "the method is known to stream"
-        state = stream.state
-        if state is OVER:
-            return None
-        if state is None:
-            state = InferStream(stream, self._open)
-            if self._stopping:  # looked at after the stream was entered: `stop` sees it, or this does
-                state.close(STOPPING)
-        if message.message is None:
-            state.close()
-            return None
-        request: StreamedRequest | None = state.take(message)
-        return request
+        if stream.state is None:
+            self._begin(stream)
+        request = message.message
+        if request is None:
+            stream.close()
+            return False
+        return stream.enter(message, _FINAL_MARK if asks_for_final_mark(request) else None)
 
     def stop(self) -> None:
         """End every stream behind the answers that are due on it, and each new one at once."""
-        self._stopping = True
-        for stream in list(self._open):
+        with self._entering:
+            self._stopping = True
+            streams = list(self._open)
+        for stream in streams:
+            stream.close(STOPPING)
+
+    def _begin(self, stream: Stream) -> None:
+        stream.state = BEGUN
+        ends_at_errors = ERROR_AS_STATUS in stream.metadata
+        stream.answer_in_turn(before=response_prefix, on_failure=None if ends_at_errors else error_message)
+        with self._entering:
+            self._open.add(stream)
+            stopping = self._stopping
+        if stopping:
             stream.close(STOPPING)
 
 
 @lru_cache(PREFIXES_MAX)
-def _response_prefix(size_bytes: int) -> bytes:
-    """What precedes a response of this size in that of a stream."""
+def response_prefix(size_bytes: int) -> bytes:
+    """What precedes a response of this size in a stream's message, whose field `infer_response` it is."""
     return wire.length_delimited(_RESPONSE_FIELD, size_bytes)
+
+
+def error_message(request: Call, status: Status) -> Sequence[Buffer] | None:
+    """What tells of a failure in the stream; None when the time of the whole stream is up."""
+    if time.monotonic_ns() >= request.deadline_ns:
+        return None
+    response = ModelStreamInferResponse(error_message=status.message or status.code.name)
+    response.infer_response.id = request_id(request.message)
+    told = response.infer_response.parameters
+    told[STATUS_PARAMETER].string_param = status.code.name
+    for key, value in status.trailers:
+        if key == PUSHBACK:
+            told[PUSHBACK_PARAMETER].int64_param = int(value)
+    return (response.SerializeToString(),)
 
 
 def asks_for_final_mark(message: bytes | memoryview) -> bool:

@@ -3,8 +3,9 @@
 A transport owns sockets, HTTP/2, gRPC framing and TLS, and decides nothing. It is told which methods there are, by
 their paths, and answers every other path with UNIMPLEMENTED itself. It hands calls upwards in lists, one list for
 everything that arrived since the last one, and takes their ends back from any thread, in any order. A unary RPC is one
-`Call`. Of a stream each message is one, and one more without a message when the client has sent its last; what is sent
-back, and the end, go through the `Stream` that they share.
+`Call`. Of a stream each message is one, and one more without a message when the client has sent its last. They share a
+`Stream`, through which messages are sent back and the end is told; or a message enters it as a request that is answered
+by its own `reply` or `fail`, and the stream keeps the order.
 
 Promises of a transport:
 
@@ -14,6 +15,8 @@ Promises of a transport:
   disconnected, deadline passed) before the end, and never after it; it is called too when it is set only after that;
 * the messages of a stream come in their order, and none comes after its end;
 * the client gets what is sent in the order of the calls of `send`, all of it before the status of `finish`;
+* the requests that entered a stream are answered in the order in which they did, each as soon as it and all earlier
+  ones have answers; when the stream ends before, `on_cancel` of those that are not answered is called, at most once;
 * no more than `STREAM_AHEAD` messages of a stream go up beyond those that were sent back and written: further ones
   stay unread, so that HTTP/2's flow control holds the client, one that does not read its answers too;
 * the handler is never called from two threads at once.
@@ -22,16 +25,15 @@ Promises of a transport:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from sluice_server.status import OK, Code
+from sluice_server.status import OK, Code, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from typing_extensions import Buffer
-
-    from sluice_server.status import Status
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 """Request headers in the order they came; keys that end in `-bin` have bytes."""
@@ -78,7 +80,7 @@ class Rpc(ABC):
 class Stream(Rpc):
     """One stream in progress, as its transport owns it: the same object for all of its messages."""
 
-    __slots__ = ("state",)
+    __slots__ = ("__weakref__", "state")
 
     state: Any
     """Belongs to whoever serves the stream; None at first."""
@@ -90,6 +92,25 @@ class Stream(Rpc):
     @abstractmethod
     def finish(self, status: Status = OK) -> None:
         """End the stream behind everything that was sent; from any thread."""
+
+    @abstractmethod
+    def answer_in_turn(self, *, before: Before | None = None, on_failure: OnFailure | None = None) -> None:
+        """Say how the requests that enter the stream are answered; to be called once, before the first enters.
+
+        `before` gives what is sent before a `reply` of so many bytes, in one message with it. `on_failure` gives the
+        parts of the message that a `fail` is answered with, or None, as without it: the stream ends with that status.
+        """
+
+    @abstractmethod
+    def enter(self, message: Call, suffix: bytes | None = None) -> bool:
+        """Give a message its turn, behind all that entered before; on the thread that the message came up on.
+
+        `suffix` is sent behind the parts of its `reply`. False: the stream takes no requests any more.
+        """
+
+    @abstractmethod
+    def close(self, status: Status = OK) -> None:
+        """Take no more requests, and end the stream behind the answers that are due; from any thread."""
 
 
 class Call(Rpc):
@@ -105,7 +126,7 @@ class Call(Rpc):
     sampled: ClassVar[bool] = False
     """Whether anybody listens to `describe`."""
     stream: Stream | None = None
-    """The stream that this is a message of: answered through it alone, not by `reply` and `fail`. None: a unary RPC."""
+    """The stream that this is a message of. None: a unary RPC."""
 
     def describe(self, **facts: Any) -> None:
         """Tell what became of the request, for its trace; a call that is not sampled has nobody to tell."""
@@ -116,11 +137,24 @@ class Call(Rpc):
 
     @abstractmethod
     def reply(self, parts: Sequence[Buffer]) -> None:
-        """End the call with the response message that `parts` make up when joined; from any thread."""
+        """End the call with the response message that `parts` make up when joined; from any thread.
+
+        Of a stream's message: send one back, in turn if this one has entered.
+        """
 
     @abstractmethod
     def fail(self, status: Status) -> None:
-        """End the call with a status that is not OK; from any thread."""
+        """End the call with a status that is not OK; from any thread.
+
+        Of a stream's message: end the stream, unless it has entered and the stream tells of failures otherwise.
+        """
+
+
+Before = Callable[[int], bytes]
+"""What goes before an answer of so many bytes."""
+
+OnFailure = Callable[[Call, Status], "Sequence[Buffer] | None"]
+"""The message that tells of the failure of a request in a stream, in parts; None when it is to end the stream."""
 
 
 class Handler(Protocol):

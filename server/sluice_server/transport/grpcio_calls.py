@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sluice_batching import NO_DEADLINE
 from sluice_server.status import OK, Status
-from sluice_server.transport.call import Call, Stream, code_of_leaving
+from sluice_server.transport.call import Call, code_of_leaving
+from sluice_server.transport.turns import MessageInTurn, StreamInTurn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,17 +102,16 @@ class GrpcioCall(_OfContext, Call):
         return status.code
 
 
-class GrpcioStream(_OfContext, Stream):
+class GrpcioStream(_OfContext, StreamInTurn):
     """One stream of the grpcio server: what is still to be written, and the two tasks that wait for a change."""
 
     __slots__ = ("_context", "_transport", "ahead", "began_ns", "changed", "ended", "outgoing", "room", "status")
 
     def __init__(self, transport: Loop, method: str, context: Any) -> None:
+        super().__init__()
         self.method = method
         self.began_ns = time.monotonic_ns()
         self.deadline_ns = _deadline_ns(context, self.began_ns)
-        self.state = None
-        self.on_cancel = None
         self.ended = False
         self.status: Status | None = None
         self.outgoing: collections.deque[bytes] = collections.deque()
@@ -146,48 +146,20 @@ class GrpcioStream(_OfContext, Stream):
         return code_of_leaving(self.began_ns, self.deadline_ns, now_ns)
 
 
-class GrpcioMessage(Call):
+class GrpcioMessage(MessageInTurn):
     """One message of a stream, or None for the end of the client's side."""
 
-    __slots__ = ("stream",)
+    __slots__ = ()
 
     stream: GrpcioStream
 
     def __init__(self, stream: GrpcioStream, message: bytes | None) -> None:
-        self.stream = stream
-        self.method = stream.method
-        self.message = message
-        self.received_ns = time.monotonic_ns()
-        self.deadline_ns = stream.deadline_ns
-        self.on_cancel = None
+        super().__init__(stream, message, time.monotonic_ns())
 
     @property
     def ended(self) -> bool:
         """Whether the stream has ended."""
         return self.stream.ended
-
-    @property
-    def metadata(self) -> Metadata:
-        """The stream's headers."""
-        return self.stream.metadata
-
-    @property
-    def peer(self) -> str:
-        """The client's address as gRPC writes it."""
-        return self.stream.peer
-
-    @property
-    def peer_names(self) -> tuple[str, ...]:
-        """The names in the client's certificate."""
-        return self.stream.peer_names
-
-    def reply(self, parts: Sequence[Buffer]) -> None:
-        """Send one message; the stream goes on."""
-        self.stream.send(parts)
-
-    def fail(self, status: Status) -> None:
-        """End the stream."""
-        self.stream.finish(status)
 
 
 def _deadline_ns(context: Any, now_ns: int) -> int:
