@@ -155,15 +155,15 @@ class SluiceShared(Sender):
     that was given up may still write into its slot: nobody reads outputs while others are open.
     """
 
-    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, open_limit: int) -> None:
+    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, max_in_flight: int) -> None:
         super().__init__(kind, payloads)
         self._slot_bytes = answer_bytes(kind, payloads)
         with ExitStack() as opened:
             self._client = opened.enter_context(Client(address, retry=NO_RETRIES))
             self._inputs = self._place_inputs(opened)
-            self._outputs = opened.enter_context(self._client.shared_memory(self._slot_bytes * open_limit))
+            self._outputs = opened.enter_context(self._client.shared_memory(self._slot_bytes * max_in_flight))
             self._opened = opened.pop_all()
-        self._free = list(range(open_limit))
+        self._free = list(range(max_in_flight))
 
     def call(self, index: int, deadline_s: float) -> Outputs:
         """As `Sender`; the outputs are to be read before the next call."""
@@ -282,10 +282,10 @@ class TritonStream(Sender):
 class TritonRest(Sender):
     """POST .../infer with tritonclient, tensors in binary; the deadline is told to nobody: it ends the waiting here."""
 
-    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, open_limit: int) -> None:
+    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, max_in_flight: int) -> None:
         super().__init__(kind, payloads)
         self._http: Any = importlib.import_module("tritonclient.http")
-        self._client = self._http.InferenceServerClient(address, concurrency=open_limit, network_timeout=NO_DEADLINE_S)
+        self._client = self._http.InferenceServerClient(address, concurrency=max_in_flight, network_timeout=NO_DEADLINE_S)
         self._inputs = [triton_inputs(self._http, payload.inputs) for payload in payloads]
 
     def call(self, index: int, deadline_s: float) -> Outputs:
@@ -308,7 +308,7 @@ class TritonShared(Sender):
     that was given up may still write into its slot: nobody reads outputs while others are open.
     """
 
-    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, open_limit: int) -> None:
+    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, max_in_flight: int) -> None:
         super().__init__(kind, payloads)
         self._grpc: Any = importlib.import_module("tritonclient.grpc")
         self._memory: Any = importlib.import_module("tritonclient.utils.shared_memory")
@@ -317,8 +317,8 @@ class TritonShared(Sender):
         self._name = f"sluice-load-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._inputs = self._place_inputs()
         self._slot_bytes = answer_bytes(kind, payloads)
-        self._output_region = self._region("out", self._slot_bytes * open_limit)
-        self._free = list(range(open_limit))
+        self._output_region = self._region("out", self._slot_bytes * max_in_flight)
+        self._free = list(range(max_in_flight))
 
     def call(self, index: int, deadline_s: float) -> Outputs:
         """As `Sender`; the outputs are to be read before the next call."""
@@ -405,13 +405,13 @@ def triton_inputs(module: Any, inputs: Mapping[str, Array]) -> list[Any]:
     return made
 
 
-def open_sender(kind: Kind, payloads: Sequence[Payload], address: str, http_address: str, open_limit: int) -> Sender:
+def open_sender(kind: Kind, payloads: Sequence[Payload], address: str, http_address: str, max_in_flight: int) -> Sender:
     """The sender for a kind of request. `address` is HOST:PORT of gRPC, `http_address` of REST."""
     if kind.protocol == UNARY:
         return (SluiceUnary if kind.client == SLUICE else TritonUnary)(kind, payloads, address)
     if kind.protocol == STREAM:
         return (SluiceStream if kind.client == SLUICE else TritonStream)(kind, payloads, address)
     if kind.protocol == SHARED_MEMORY:
-        return (SluiceShared if kind.client == SLUICE else TritonShared)(kind, payloads, address, open_limit)
+        return (SluiceShared if kind.client == SLUICE else TritonShared)(kind, payloads, address, max_in_flight)
     assert kind.protocol == REST
-    return TritonRest(kind, payloads, http_address, open_limit)
+    return TritonRest(kind, payloads, http_address, max_in_flight)
