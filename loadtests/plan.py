@@ -80,7 +80,13 @@ class Plan:
     """How many requests follow the warm-up, for each of our transports."""
     open_rounds: int = 3
     open_s: float = 8.0
-    """Rounds of the experiments, and how long an open loop goes on in each."""
+    """Rounds of the experiments, and how long an open loop goes on in each;"""
+    overload_s: float = 30.0
+    """that of too much, of which a run that the machine held up would else be a hundredth."""
+
+    def experiment_s(self, part: str) -> float:
+        """How long an open loop of this experiment goes on."""
+        return self.overload_s if EXPERIMENTS[part] is Overload else self.open_s
 
     def cases(self, transports: Iterable[str]) -> list[Case]:
         """The rows to measure with our transports that there are; what two parts share is measured once."""
@@ -92,5 +98,5 @@ class Plan:
 
 
 QUICK = Plan(rounds=1, round_s=1.5, trial_s=0.25, soak_requests=((GRPCIO, 30_000), (NATIVE, 100_000)), open_rounds=1,
-             open_s=4.0)  # fmt: skip
+             open_s=4.0, overload_s=4.0)  # fmt: skip
 """Some three minutes: enough to see about where the figures are; one round has no spread."""

@@ -20,7 +20,7 @@ def measure(plan: Plan, transport: str, scratch: Path, say: Callable[[str], None
     for part, kind in wanted.items():
         folder = scratch / part
         folder.mkdir()
-        experiment = kind(Place(folder, transport, iterations_per_ms, plan.open_s))
+        experiment = kind(Place(folder, transport, iterations_per_ms, plan.experiment_s(part)))
         outcomes = []
         for number in range(1, plan.open_rounds + 1):
             outcomes.append(experiment.measure())

@@ -285,7 +285,9 @@ class TritonRest(Sender):
     def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, max_in_flight: int) -> None:
         super().__init__(kind, payloads)
         self._http: Any = importlib.import_module("tritonclient.http")
-        self._client = self._http.InferenceServerClient(address, concurrency=max_in_flight, network_timeout=NO_DEADLINE_S)
+        self._client = self._http.InferenceServerClient(
+            address, concurrency=max_in_flight, network_timeout=NO_DEADLINE_S
+        )
         self._inputs = [triton_inputs(self._http, payload.inputs) for payload in payloads]
 
     def call(self, index: int, deadline_s: float) -> Outputs:
