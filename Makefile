@@ -90,7 +90,7 @@ ifneq ($(CARGO),)
 	@echo "Compiling the native transport's own tests (a minute or two the first time) ..."
 	@$(CRATE) cargo test --locked --quiet
 endif
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS) --ignore tests/batching -m 'not timed'
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) --ignore tests/batching -m 'not timed and not long'
 	@$(BIN)/python -m pytest -m 'timed and not long'
 
 # What is left: loads of many seconds, one after the other.

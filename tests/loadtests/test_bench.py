@@ -35,6 +35,7 @@ def run_bench(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.long
 @needs_h2load
 def test_a_run_prints_the_tables_and_writes_json(tmp_path: Path) -> None:
     """On all transports that there are, as the benchmark has them side by side."""

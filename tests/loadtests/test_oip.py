@@ -57,6 +57,7 @@ def test_a_peer_that_is_not_there_ends_the_run_before_anything_is_measured(
     assert not results.exists()
 
 
+@pytest.mark.long
 @needs_h2load
 def test_what_a_peer_serves_is_measured_and_what_it_does_not_is_said(
     transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
