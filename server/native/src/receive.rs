@@ -304,7 +304,11 @@ async fn hand_up_messages(
                 wait_for_more(shared, &mut reader, &mut body).await?
             }
         };
-        while let Some((message, held)) = reader.next().await? {
+        loop {
+            if reader.is_next_slow() {
+                shared.inbox.extend(arrived.drain(..));
+            }
+            let Some((message, held)) = reader.next().await? else { break };
             if credit.try_acquire().map(SemaphorePermit::forget).is_err() {
                 shared.inbox.extend(arrived.drain(..));
                 match credit.acquire().await {
@@ -387,6 +391,11 @@ impl<'a> Reader<'a> {
                 Ok(true)
             }
         }
+    }
+
+    /// Whether the next message is decompressed on another thread, which others had better not wait for.
+    fn is_next_slow(&self) -> bool {
+        self.frames.front().is_some_and(|frame| frame.compressed && frame.payload.len() > INFLATE_HERE_BYTES_MAX)
     }
 
     /// The next complete message, decompressed.
