@@ -193,6 +193,7 @@ def stream_seeds() -> list[bytes]:
     return [
         *(b"\0" + joined(good[start : start + 3]) for start in range(0, len(good), 3)),
         b"\1" + joined([good[0], good[5], b"\xff", good[1]]),
+        b"\0" + joined([good[0], b"\xfftriton_enable_empty_final_response", good[1]]),
         b"\2" + joined(reflected),
         *(b"\3" + joined([name]) for name in names),
     ]

@@ -193,9 +193,17 @@ def test_a_mark_is_asked_for_by_the_parameter_alone(pack: Callable[[bytes], byte
     assert {message: asks_for_final_mark(pack(message)) for message in asked} == asked
 
 
-@pytest.mark.parametrize("message", [b"\xff", b"\xff" * SPLIT_BYTES_MIN])
-def test_what_cannot_be_read_has_no_id(message):
-    assert request_id(message) == ""
+UNREADABLE = [b"\xff", b"\xff" * SPLIT_BYTES_MIN, b"\xfftriton_enable_empty_final_response"]
+
+
+@pytest.mark.parametrize("pack", [bytes, memoryview])
+@pytest.mark.parametrize("message", UNREADABLE)
+def test_what_cannot_be_read_has_no_id_asks_for_nothing_and_still_gets_its_turn(message, pack):
+    assert request_id(pack(message)) == ""
+    assert not asks_for_final_mark(pack(message))
+    streams, stream = InferStreams(), RecordingStream()
+    taken(streams, stream.message(pack(message))).fail(FAILURE)
+    assert [read(answer) for answer in stream.sent] == [("", FAILURE.message)]
 
 
 def test_a_stream_that_begins_while_the_server_stops_is_ended_at_once():
