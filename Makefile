@@ -24,7 +24,7 @@ help:
 	@echo "make demo      serve them, send the test digits, print accuracy and speed, end"
 	@echo "make sidecar   serve them by two servers behind Envoy: gRPC, REST and JSON on port 9001"
 	@echo "make test      run the tests          make check   ruff, mypy, import-linter, generated code"
-	@echo "make test-long   run those that load servers for many seconds each"
+	@echo "make test-long   run those that take many seconds each"
 	@echo "make bench     the benchmark table    make models  train the demo models again"
 	@echo "make bench-compare [OLD=.. NEW=..]   what became worse between two runs of it"
 	@echo "make sweep     Triton's perf_analyzer over gRPC, streams, shared memory and REST, at rising concurrency"
@@ -93,7 +93,7 @@ endif
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS) --ignore tests/batching -m 'not timed and not long'
 	@$(BIN)/python -m pytest -m 'timed and not long'
 
-# What is left: loads of many seconds, one after the other.
+# What is left: loads of many seconds, one after the other, and the training of the demo models.
 test-long: $(VENV)/.dev $(VENV)/.native
 	@$(BIN)/python -m pytest -m long
 

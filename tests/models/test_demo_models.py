@@ -120,6 +120,7 @@ def test_every_file_of_the_repository_is_small() -> None:
     assert all(path.stat().st_size < SIZE_LIMIT_BYTES for path in MODELS.rglob("*") if path.is_file())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_training_again_gives_the_same_model_and_no_warning(name: str, tmp_path: Path) -> None:
     script = DEPLOY / "train" / f"{name}.py"
