@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from loadtests.payloads import Array, Payload
     from loadtests.scenario import Kind
-    from sluice_client import SharedRoom, SharedTensor
+    from sluice_client import SharedTensor
 
     Outputs = Callable[[str], Array | None]
 
@@ -148,36 +148,59 @@ class SluiceStream(Sender):
         self._client.close()
 
 
-class SluiceShared(Sender):
-    """ModelInfer with the project's client, whose tensors are in system shared memory.
+class SharedMemorySender(Sender):
+    """ModelInfer with tensors in system shared memory.
 
-    One memory holds the inputs of all payloads, another a slot of outputs for each request that may be open. A request
+    One region holds the inputs of all payloads, another a slot of outputs for each request that may be open. A request
     that was given up may still write into its slot: nobody reads outputs while others are open.
     """
 
-    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, max_in_flight: int) -> None:
+    def __init__(self, kind: Kind, payloads: Sequence[Payload], max_in_flight: int) -> None:
         super().__init__(kind, payloads)
         self._slot_bytes = answer_bytes(kind, payloads)
-        with ExitStack() as opened:
-            self._client = opened.enter_context(Client(address, retry=NO_RETRIES))
-            self._inputs = self._place_inputs(opened)
-            self._outputs = opened.enter_context(self._client.shared_memory(self._slot_bytes * max_in_flight))
-            self._opened = opened.pop_all()
+        self._all_slots_bytes = self._slot_bytes * max_in_flight
         self._free = list(range(max_in_flight))
 
     def call(self, index: int, deadline_s: float) -> Outputs:
         """As `Sender`; the outputs are to be read before the next call."""
         slot = self._free.pop()
         try:
-            result = self._client.infer(
-                self.kind.model,
-                self._inputs[index],
-                outputs=self._rooms(index, slot),
-                priority=self.kind.priority,
-                deadline_s=deadline_s,
-            )
+            return self._call_with(index, self._offsets(index, slot), deadline_s)
         finally:
             self._free.append(slot)
+
+    @abstractmethod
+    def _call_with(self, index: int, offsets: Mapping[str, int], deadline_s: float) -> Outputs:
+        """As `call`, with the outputs at these offsets of their region."""
+
+    def _offsets(self, index: int, slot: int) -> dict[str, int]:
+        found, offset = {}, slot * self._slot_bytes
+        for name, array in self.payloads[index].answer.items():
+            found[name] = offset
+            offset += array.nbytes
+        return found
+
+
+class SluiceShared(SharedMemorySender):
+    """By the project's client."""
+
+    def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, max_in_flight: int) -> None:
+        super().__init__(kind, payloads, max_in_flight)
+        with ExitStack() as opened:
+            self._client = opened.enter_context(Client(address, retry=NO_RETRIES))
+            self._inputs = self._place_inputs(opened)
+            self._outputs = opened.enter_context(self._client.shared_memory(self._all_slots_bytes))
+            self._opened = opened.pop_all()
+
+    def _call_with(self, index: int, offsets: Mapping[str, int], deadline_s: float) -> Outputs:
+        answer = self.payloads[index].answer
+        result = self._client.infer(
+            self.kind.model,
+            self._inputs[index],
+            outputs={name: self._outputs.room(answer[name].nbytes, offset) for name, offset in offsets.items()},
+            priority=self.kind.priority,
+            deadline_s=deadline_s,
+        )
         return result.outputs.get
 
     def close(self) -> None:
@@ -196,14 +219,6 @@ class SluiceShared(Sender):
                 tensor = placed[-1][name] = memory.write(array, offset)
                 offset = tensor.end
         return placed
-
-    def _rooms(self, index: int, slot: int) -> dict[str, SharedRoom | None]:
-        rooms: dict[str, SharedRoom | None] = {}
-        offset = slot * self._slot_bytes
-        for name, array in self.payloads[index].answer.items():
-            room = rooms[name] = self._outputs.room(array.nbytes, offset)
-            offset = room.end
-        return rooms
 
 
 class TritonUnary(Sender):
@@ -303,45 +318,38 @@ class TritonRest(Sender):
         self._client.close()
 
 
-class TritonShared(Sender):
-    """ModelInfer with tritonclient, whose tensors are in system shared memory.
-
-    One region holds the inputs of all payloads, another a slot of outputs for each request that may be open. A request
-    that was given up may still write into its slot: nobody reads outputs while others are open.
-    """
+class TritonShared(SharedMemorySender):
+    """By tritonclient."""
 
     def __init__(self, kind: Kind, payloads: Sequence[Payload], address: str, max_in_flight: int) -> None:
-        super().__init__(kind, payloads)
+        super().__init__(kind, payloads, max_in_flight)
         self._grpc: Any = importlib.import_module("tritonclient.grpc")
         self._memory: Any = importlib.import_module("tritonclient.utils.shared_memory")
         self._client = self._grpc.InferenceServerClient(address)
         self._regions: dict[str, Any] = {}
         self._name = f"sluice-load-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._inputs = self._place_inputs()
-        self._slot_bytes = answer_bytes(kind, payloads)
-        self._output_region = self._region("out", self._slot_bytes * max_in_flight)
-        self._free = list(range(max_in_flight))
+        self._output_region = self._region("out", self._all_slots_bytes)
 
-    def call(self, index: int, deadline_s: float) -> Outputs:
-        """As `Sender`; the outputs are to be read before the next call."""
-        slot = self._free.pop()
-        try:
-            result = self._client.infer(
-                self.kind.model,
-                self._inputs[index],
-                outputs=self._outputs(index, slot),
-                priority=self.kind.priority,
-                client_timeout=deadline_s,
-            )
-        finally:
-            self._free.append(slot)
-        offsets = dict(self._offsets(index, slot))
+    def _call_with(self, index: int, offsets: Mapping[str, int], deadline_s: float) -> Outputs:
+        answer = self.payloads[index].answer
+        outputs = []
+        for name, offset in offsets.items():
+            output = self._grpc.InferRequestedOutput(name)
+            output.set_shared_memory(self._output_region, answer[name].nbytes, offset)
+            outputs.append(output)
+        result = self._client.infer(
+            self.kind.model,
+            self._inputs[index],
+            outputs=outputs,
+            priority=self.kind.priority,
+            client_timeout=deadline_s,
+        )
         handle = self._regions[self._output_region]
 
         def read(name: str) -> Array | None:
-            array = self.payloads[index].answer[name]
             shape = tuple(result.get_output(name).shape)
-            found: Array = self._memory.get_contents_as_numpy(handle, array.dtype, shape, offsets[name])
+            found: Array = self._memory.get_contents_as_numpy(handle, answer[name].dtype, shape, offsets[name])
             return found
 
         return read
@@ -372,21 +380,6 @@ class TritonShared(Sender):
                 placed[-1].append(tensor)
                 offset += array.nbytes
         return placed
-
-    def _offsets(self, index: int, slot: int) -> list[tuple[str, int]]:
-        found, offset = [], slot * self._slot_bytes
-        for name, array in self.payloads[index].answer.items():
-            found.append((name, offset))
-            offset += array.nbytes
-        return found
-
-    def _outputs(self, index: int, slot: int) -> list[Any]:
-        outputs = []
-        for name, offset in self._offsets(index, slot):
-            output = self._grpc.InferRequestedOutput(name)
-            output.set_shared_memory(self._output_region, self.payloads[index].answer[name].nbytes, offset)
-            outputs.append(output)
-        return outputs
 
 
 def answer_bytes(kind: Kind, payloads: Sequence[Payload]) -> int:

@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from sluice_batching import ExpiryTimer
 from sluice_server.execution.cuda_driver import find_driver
+from support import models
 from support.server import TRANSPORTS, RunningServer, need, running, server_settings
 
 if TYPE_CHECKING:
@@ -57,6 +58,17 @@ def start_server(transport: str) -> Iterator[StartServer]:
             return stack.enter_context(running(settings, transport, environ, find_cuda))
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def sharing_server(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server that lets clients share memory, with models of two inputs, of texts and of any shape."""
+    repository = tmp_path_factory.mktemp("sharing")
+    models.write_model(repository, "simple", models.sum_and_difference(), max_batch_size=8)
+    models.write_model(repository, "text", models.identity("BYTES", ("N", 2)), max_batch_size=8)
+    models.write_model(repository, "any", models.identity("FP32", ("A", "B")))
+    with running(server_settings(repository, allow_client_shm=True, http=None, metrics=None), transport) as server:
+        yield server
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any, Self, Unpack
 
 import grpc.aio
 
-from sluice_client import operations
 from sluice_client.channels import STREAM_INFER, Channels, failure
 from sluice_client.errors import ClientClosed, ClientError, InvalidResponse
 from sluice_client.exchange import Exchange, StreamOptions
@@ -58,16 +57,14 @@ class AsyncInferStream:
         """As InferStream.infer. Cancelling the task ends its waiting as the deadline does."""
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
         check_deadline(deadline_s)
-        if request.get("request_id", "") == "":
-            request["request_id"] = self._exchange.next_id()
-        inference = operations.infer(model, inputs, **request)
+        inference, request_id = self._exchange.prepare(model, inputs, request)
         future: asyncio.Future[Result | ClientError] = self._loop.create_future()
 
         def settle(outcome: Result | ClientError) -> None:
             if not future.done():
                 future.set_result(outcome)
 
-        begun = self._exchange.begin(inference, request["request_id"], settle)
+        begun = self._exchange.begin(inference, request_id, settle)
         try:
             async with asyncio.timeout(deadline_s):
                 outcome = await future

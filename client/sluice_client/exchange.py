@@ -25,7 +25,7 @@ from sluice_client.errors import (
     ResourceExhausted,
 )
 from sluice_client.flow import Flows, Metadata, Timing
-from sluice_client.operations import Inference
+from sluice_client.operations import InferArguments, Inference, Inputs
 from sluice_client.results import Result
 from sluice_client.retries import Failure
 from sluice_client.settings import STREAM_IN_FLIGHT_MAX
@@ -104,9 +104,16 @@ class Exchange:
         """Whether requests are taken."""
         return not self._is_closed and self._end is None
 
-    def next_id(self) -> str:
-        """An id for a request whose caller has none; all have one length, which the server's cache of heads likes."""
-        return f"stream-{next(self._numbers):08x}"
+    def prepare(self, model: str, inputs: Inputs, request: InferArguments) -> tuple[Inference, str]:
+        """What to begin, and the id of it: one made here when its caller has none.
+
+        Those have one length, which the server's cache of heads likes.
+        """
+        request_id = request.get("request_id", "")
+        if request_id == "":
+            request_id = f"stream-{next(self._numbers):08x}"
+        complete: InferArguments = {**request, "request_id": request_id}
+        return operations.infer(model, inputs, **complete), request_id
 
     def begin(self, inference: Inference, request_id: str, settle: Settle) -> StreamedRequest:
         """Send a request. Raises what ended the stream, ClientClosed, InvalidRequest for an id that is in flight."""

@@ -116,14 +116,12 @@ class SharedMemory:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SharedTensor:
-    """An input in shared memory: `size_bytes` at `offset`, of the protocol's `datatype` ("FP32", ...) and a shape."""
+class SharedPart:
+    """Part of a shared memory: `size_bytes` at `offset`."""
 
     memory: SharedMemory
     offset: int
     size_bytes: int
-    datatype: str
-    shape: tuple[int, ...]
 
     @property
     def end(self) -> int:
@@ -132,17 +130,17 @@ class SharedTensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SharedRoom:
+class SharedTensor(SharedPart):
+    """An input in shared memory, of the protocol's `datatype` ("FP32", ...) and a shape."""
+
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class SharedRoom(SharedPart):
     """Where an output is to go: at most `size_bytes`, at `offset`."""
 
-    memory: SharedMemory
-    offset: int
-    size_bytes: int
-
-    @property
-    def end(self) -> int:
-        """The first offset behind it."""
-        return self.offset + self.size_bytes
+    __slots__ = ()
 
     def read(self, dtype: tensors.DType, shape: tuple[int, ...]) -> Array:
         """The output that a server says is there; BYTES are copied. Raises InvalidResponse, ProtoError."""

@@ -11,7 +11,6 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from sluice_client import operations
 from sluice_client.channels import STREAM_INFER, Channels, failure
 from sluice_client.errors import ClientClosed, ClientError, InvalidResponse
 from sluice_client.exchange import Exchange, StreamOptions
@@ -80,11 +79,9 @@ class InferStream:
         """
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
         check_deadline(deadline_s)
-        if request.get("request_id", "") == "":
-            request["request_id"] = self._exchange.next_id()
-        inference = operations.infer(model, inputs, **request)
+        inference, request_id = self._exchange.prepare(model, inputs, request)
         future: Future[Result | ClientError] = Future()
-        begun = self._exchange.begin(inference, request["request_id"], future.set_result)
+        begun = self._exchange.begin(inference, request_id, future.set_result)
         try:
             outcome = future.result(deadline_s)
         except TimeoutError:

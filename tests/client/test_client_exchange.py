@@ -268,7 +268,7 @@ def test_an_id_is_free_again_once_its_request_was_answered():
     stream.exchange.take(answer("a"))
     stream.begin("a")
     assert stream.sent == ["a", "a"]
-    ids = [stream.exchange.next_id() for _ in range(300)]
+    ids = [stream.exchange.prepare("m", {}, {})[1] for _ in range(300)]
     assert len(set(ids)) == 300
     assert len(set(map(len, ids))) == 1
 

@@ -34,7 +34,6 @@ from sluice_proto import tensors
 from sluice_proto.errors import BytesElementCount, BytesTruncatedBody
 from support import models
 from support.fakes import held
-from support.server import running, server_settings
 
 pytestmark = pytest.mark.usefixtures("no_errors_logged")
 
@@ -55,20 +54,10 @@ def nothing_left():
     assert objects() == before
 
 
-@pytest.fixture(scope="module")
-def sharing(transport, tmp_path_factory):
-    repository = tmp_path_factory.mktemp("sharing")
-    models.write_model(repository, "simple", models.sum_and_difference(), max_batch_size=8)
-    models.write_model(repository, "text", models.identity("BYTES", ("N", 2)), max_batch_size=8)
-    models.write_model(repository, "any", models.identity("FP32", ("A", "B")))
-    with running(server_settings(repository, allow_client_shm=True, http=None, metrics=None), transport) as server:
-        yield server
-
-
 @pytest.fixture
-def server(sharing, nothing_left):
-    yield sharing
-    assert not regions(sharing)
+def server(sharing_server, nothing_left):
+    yield sharing_server
+    assert not regions(sharing_server)
 
 
 def regions(server: Any) -> dict[str, Any]:
@@ -179,15 +168,15 @@ def test_an_exception_in_the_block_ends_the_region_too(server, make_client):
         raise ZeroDivisionError
 
 
-def test_a_client_that_was_closed_in_the_block_leaves_no_object_behind(sharing, nothing_left):
-    client = Client(sharing.target)
+def test_a_client_that_was_closed_in_the_block_leaves_no_object_behind(sharing_server, nothing_left):
+    client = Client(sharing_server.target)
     manager = client.shared_memory(64)
     manager.__enter__()
     client.close()
     with pytest.raises(ClientClosed):
         manager.__exit__(None, None, None)
-    (name,) = regions(sharing)
-    sharing.call("SystemSharedMemoryUnregister", pb.SystemSharedMemoryUnregisterRequest(name=name))
+    (name,) = regions(sharing_server)
+    sharing_server.call("SystemSharedMemoryUnregister", pb.SystemSharedMemoryUnregisterRequest(name=name))
 
 
 def test_memory_that_was_closed_is_refused_here(server, make_client):

@@ -22,7 +22,6 @@ from sluice_server.status import Code, StatusMapper
 from support import models
 from support.fakes import RecordingCall, eventually, held
 from support.requests import answer_arrays, infer_request, parameter
-from support.server import running, server_settings
 from support.shared_memory import Object, put_into_region
 
 ROW_BYTES = 64
@@ -34,16 +33,6 @@ INVALID, NOT_FOUND, INTERNAL = (
     grpc.StatusCode.INTERNAL,
 )
 A, B = np.arange(16, dtype=np.int32), np.full(16, 7, np.int32)
-
-
-@pytest.fixture(scope="module")
-def sharing_server(transport, tmp_path_factory):
-    repository = tmp_path_factory.mktemp("sharing")
-    models.write_model(repository, "simple", models.sum_and_difference(), max_batch_size=8)
-    models.write_model(repository, "text", models.identity("BYTES", ("N", 2)), max_batch_size=8)
-    models.write_model(repository, "any", models.identity("FP32", ("A", "B")))
-    with running(server_settings(repository, allow_client_shm=True, http=None, metrics=None), transport) as server:
-        yield server
 
 
 @pytest.fixture

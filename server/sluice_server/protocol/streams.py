@@ -130,21 +130,26 @@ def asks_for_final_mark(message: bytes | memoryview) -> bool:
 
     Costs a search for the key, unless it is there.
     """
-    if type(message) is bytes and len(message) < wire.SPLIT_BYTES_MIN and message.find(_FINAL_ASKED_KEY) < 0:
-        return False  # `in` looks for a number first, which costs more than the search
-    parameters = _read(message).parameters
+    try:
+        head = _head(message)
+        if head.find(_FINAL_ASKED_KEY) < 0:  # `in` looks for a number first, which costs more than the search
+            return False
+        parameters = ModelInferRequest.FromString(head).parameters
+    except (DecodeError, WireError):
+        return False
     return _FINAL_ASKED in parameters and parameters[_FINAL_ASKED].bool_param
 
 
 def request_id(message: bytes | memoryview) -> str:
     """The id in a request; empty when the request cannot be read."""
-    return str(_read(message).id)
-
-
-def _read(message: bytes | memoryview) -> ModelInferRequest:
-    """A request without its tensors, when they are large; an empty one when it cannot be read, as is said elsewhere."""
     try:
-        head = wire.split_raw(message)[0] if len(message) >= wire.SPLIT_BYTES_MIN else bytes(message)
-        return ModelInferRequest.FromString(head)
+        return ModelInferRequest.FromString(_head(message)).id
     except (DecodeError, WireError):
-        return ModelInferRequest()
+        return ""
+
+
+def _head(message: bytes | memoryview) -> bytes:
+    """A request without its tensors, when they are large."""
+    if len(message) >= wire.SPLIT_BYTES_MIN:
+        return wire.split_raw(message)[0]
+    return message if isinstance(message, bytes) else bytes(message)
