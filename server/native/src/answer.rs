@@ -106,19 +106,39 @@ pub fn carry_out_all(shared: &Shared, ends: &mut Vec<End>) {
     let mut ends = ends.drain(..).peekable();
     while let Some(end) = ends.next() {
         match end {
-            End::Send(key, Body::One(first)) if first.len() < JOINED_BYTES_MAX => {
-                let (bytes, messages) = join(key, first, &mut ends);
+            End::Send(key, body) => {
+                let (body, messages) = match body {
+                    Body::One(first) => join(key, first, &mut ends),
+                    many => (many, 1),
+                };
                 if let Some(open) = lock(&shared.calls).get_mut(&key) {
-                    send(open, Body::One(bytes), messages);
+                    send(open, body, messages);
                 }
             }
-            end => carry_out(shared, end),
+            End::Reply(key, body) => {
+                let open = lock(&shared.calls).remove(&key);
+                if let Some(mut open) = open {
+                    shared.count(open.call.method, code::OK);
+                    send(&mut open, body, 1);
+                    finish(open, code::OK, "", None);
+                    shared.grew_quieter();
+                }
+            }
+            End::Finish(key, Status { code, message, trailers }) => {
+                let open = lock(&shared.calls).remove(&key);
+                if let Some(open) = open {
+                    shared.count(open.call.method, code);
+                    open.call.end_reading();
+                    finish(open, code, &message, trailers);
+                    shared.grew_quieter();
+                }
+            }
         }
     }
 }
 
 /// Joins the small messages of one stream that follow each other: one frame of HTTP/2 costs more than copying them.
-fn join(key: Key, first: Bytes, ends: &mut Peekable<Drain<'_, End>>) -> (Bytes, usize) {
+fn join(key: Key, first: Bytes, ends: &mut Peekable<Drain<'_, End>>) -> (Body, usize) {
     let mut joined: Option<BytesMut> = None;
     let mut messages = 1;
     let mut length = first.len();
@@ -127,16 +147,10 @@ fn join(key: Key, first: Bytes, ends: &mut Peekable<Drain<'_, End>>) -> (Bytes, 
         _ => false,
     }) {
         length += next.len();
-        joined.get_or_insert_with(|| first_of_several(&first)).put_slice(&next);
+        joined.get_or_insert_with(|| BytesMut::from(&first[..])).put_slice(&next);
         messages += 1;
     }
-    (joined.map_or(first, BytesMut::freeze), messages)
-}
-
-fn first_of_several(first: &Bytes) -> BytesMut {
-    let mut joined = BytesMut::with_capacity(4 * first.len());
-    joined.put_slice(first);
-    joined
+    (Body::One(joined.map_or(first, BytesMut::freeze)), messages)
 }
 
 /// Ends an open call for a reason of the transport's own, and tells Python.
@@ -147,34 +161,6 @@ pub fn end_by_transport(shared: &Shared, key: Key, code: u32, message: &str) {
         let call = Arc::clone(&open.call);
         finish(open, code, message, None);
         shared.closed(call);
-    }
-}
-
-fn carry_out(shared: &Shared, end: End) {
-    match end {
-        End::Send(key, body) => {
-            if let Some(open) = lock(&shared.calls).get_mut(&key) {
-                send(open, body, 1);
-            }
-        }
-        End::Reply(key, body) => {
-            let open = lock(&shared.calls).remove(&key);
-            if let Some(mut open) = open {
-                shared.count(open.call.method, code::OK);
-                send(&mut open, body, 1);
-                finish(open, code::OK, "", None);
-                shared.grew_quieter();
-            }
-        }
-        End::Finish(key, Status { code, message, trailers }) => {
-            let open = lock(&shared.calls).remove(&key);
-            if let Some(open) = open {
-                shared.count(open.call.method, code);
-                open.call.end_reading();
-                finish(open, code, &message, trailers);
-                shared.grew_quieter();
-            }
-        }
     }
 }
 
@@ -278,7 +264,7 @@ mod tests {
             let mut left = ends.drain(..).peekable();
             let mut place = 0;
             while let Some(End::Send(key, Body::One(first))) = left.next() {
-                let (bytes, count) = join(key, first, &mut left);
+                let (Body::One(bytes), count) = join(key, first, &mut left) else { unreachable!() };
                 let of_them = &messages[place..place + count];
                 prop_assert!(of_them.iter().all(|&(stream, _)| key == (1, stream)));
                 let expected: Vec<u8> =
